@@ -1,0 +1,209 @@
+"""What a run writes into its output folder, whatever else is logging: settings, metrics, rollouts, model card.
+
+`metrics.jsonl` and `rollouts/` hold only what is a function of the run's settings, so that an interrupted and resumed
+run leaves the same files as an unbroken one; what a clock says goes into `timing.jsonl`.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import EBFTConfig
+
+METRICS, TIMING, SETTINGS = "metrics.jsonl", "timing.jsonl", "resolved_config.yaml"
+CLOCK = ("step_time", "tokens_per_second")
+CLOCK_ENDINGS = ("_runtime", "_per_second", "_preparation_time")
+
+
+def check_output_dir(output_dir: str | Path, resuming: bool) -> None:
+    """Refuse to mix two runs in one folder.
+
+    Raises:
+        ValueError: The folder holds another run and this one does not resume it, or it is a file.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir='{output_dir}' is a file: name a folder.")
+    if resuming or not folder.is_dir():
+        return
+    found = [name for name in (METRICS, SETTINGS) if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))[:1]
+    if found:
+        raise ValueError(
+            f"output_dir='{output_dir}' holds another run ({found[0]}): choose another folder, continue that run with "
+            "resume_from_checkpoint: true, or delete it."
+        )
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end: the trainer's state is its last file."""
+    folder = Path(output_dir)
+    steps = []
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / "trainer_state.json").exists() and _is_json(path / "trainer_state.json"):
+            steps.append(int(number))
+    return str(folder / f"checkpoint-{max(steps)}") if steps else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+class RunFolder:
+    """Writes a run's files; on all ranks but the first it does nothing.
+
+    Args:
+        output_dir: The run's folder.
+        writes: Whether this process writes.
+    """
+
+    def __init__(self, output_dir: str | Path, writes: bool = True):
+        self.path = Path(output_dir)
+        self.writes = writes
+
+    def start(self, settings: dict[str, Any], resume_step: int | None) -> None:
+        """Begin a run, or take back what was written after the checkpoint it resumes from."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (self.path / SETTINGS).write_text(text, encoding="utf-8")
+        step = resume_step or 0
+        for name in (METRICS, TIMING):
+            if (self.path / name).exists():
+                _keep_lines(self.path / name, step)
+        for path in (self.path / "rollouts").glob("step_*.parquet"):
+            if int(path.stem.removeprefix("step_")) > step:
+                path.unlink()
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Append one record of metrics, its clock readings apart."""
+        if not self.writes:
+            return
+        summary = "train_runtime" in record  # transformers' last record: averages over this process's part of the run
+        clock = {k: v for k, v in record.items() if summary or k in CLOCK or k.endswith(CLOCK_ENDINGS)}
+        for name, part in ((METRICS, {k: v for k, v in record.items() if k not in clock}), (TIMING, clock)):
+            if part:
+                with open(self.path / name, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **part}) + "\n")
+
+    def save_rollouts(self, rows: list[dict[str, Any]], step: int) -> None:
+        """Write one step's rollouts, a row each, in the order of documents, blocks and rollouts."""
+        if not self.writes or not rows:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = sorted(rows, key=lambda row: (row["document_id"], row["block"], row["rollout"]))
+        folder = self.path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        unfinished = folder / "unfinished"  # renamed when whole, so that a killed run leaves no half a file
+        pq.write_table(pa.Table.from_pylist(rows), unfinished)
+        os.replace(unfinished, folder / f"step_{step:06d}.parquet")
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a last line that was cut off by a kill."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def settings_of(args: EBFTConfig) -> dict[str, Any]:
+    """The settings that make a run what it is: all of ours, and transformers' that differ from its defaults.
+
+    Tokens and keys are left out. The result can be given to `ebft train --config` again.
+    """
+    ours = set(EBFTConfig.__annotations__)
+    out = {}
+    for spec in dataclasses.fields(EBFTConfig):
+        value = getattr(args, spec.name)
+        default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+        if spec.name.endswith("_token") or spec.name in ("local_rank", "resume_from_checkpoint") or not spec.init:
+            continue
+        if spec.name in ours or _plain(value) != _plain(default):
+            out[spec.name] = _plain(value)
+    return {k: v for k, v in out.items() if v is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML can say it."""
+    if hasattr(value, "value"):  # an enum of transformers
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return value if isinstance(value, (str, int, float, bool, dict, type(None))) else str(value)
+
+
+MODEL_CARD = """---
+library_name: transformers
+tags: [ebft, energy-based-fine-tuning]
+base_model: {base}
+---
+
+# {name}
+
+Fine-tuned from {base} with Energy-Based Fine-Tuning (EBFT): the features of the model's own rollouts are matched to
+those of real completions ([arXiv 2603.12248](https://arxiv.org/abs/2603.12248)). It loads in plain `transformers`:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+- Feature network: {feature_network}
+- Training data: {dataset}
+
+| last metrics of the run | |
+|---|---|
+{metrics}
+
+Settings (`resolved_config.yaml`):
+
+```yaml
+{settings}```
+"""
+
+
+def write_model_card(folder: Path, *, name, base, dataset, feature_network, history, settings) -> None:
+    """Write README.md beside a saved model.
+
+    Args:
+        folder: Where.
+        name: Of the model; the folder's if None.
+        base: What was fine-tuned; None for a model built in code.
+        dataset: What on, or None.
+        feature_network: Its record, or None.
+        history: The trainer's log history: the last training and the last evaluation metrics are shown.
+        settings: All settings of the run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, Any] = {}
+    for key in ("learning_rate", "eval_loss"):
+        metrics |= next((record for record in reversed(history) if key in record), {})
+    rows = "\n".join(f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float)))
+    network = ", ".join(f"{k} {v}" for k, v in (feature_network or {"none": "(rl_coef is 0)"}).items())
+    text = MODEL_CARD.format(
+        name=name or folder.name,
+        base=base or "a model built in code",
+        dataset=dataset or "not recorded",
+        feature_network=network,
+        metrics=rows,
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

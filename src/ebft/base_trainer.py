@@ -1,0 +1,155 @@
+"""What every run needs, whatever it trains on: its folder, exact resume, a log per step, a stop at a broken step."""
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .artifacts import RunFolder, check_output_dir, last_complete_checkpoint, settings_of, write_model_card
+from .callbacks import FeatureNetworkRecord, StepHooks, recorded_feature_network
+from .config import EBFTConfig
+from .metrics import means
+from .recorder import StepRecorder
+
+
+class RecordedTrainer(Trainer):
+    """transformers' Trainer with the run's records; what is trained is up to the subclass.
+
+    Attributes:
+        recorder: What the subclass tells of the step at hand.
+        run_description: Settings outside `args` (model, data) to be written into `resolved_config.yaml`.
+        feature_network_record: Name, revision and hash of the feature network, or None without one.
+    """
+
+    args: EBFTConfig
+    model: nn.Module
+
+    def __init__(self, *, base_name: str | None, **kwargs):
+        self.base_name = base_name
+        self.recorder = StepRecorder()
+        self.run_description: dict[str, Any] = {"model_name_or_path": base_name} if base_name else {}
+        self.feature_network_record: dict[str, Any] | None = None
+        super().__init__(**kwargs)
+        self.output_dir = Path(str(self.args.output_dir))
+        self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
+        self.add_callback(StepHooks(self.check_step_is_finite, self.save_step_rollouts))
+
+    def record_feature_network(self, record: dict[str, Any]) -> None:
+        """Print which feature network the run uses, and store it in every checkpoint."""
+        self.feature_network_record = record
+        self.add_callback(FeatureNetworkRecord(record))
+        if self.is_world_process_zero():
+            print("Feature network: " + ", ".join(f"{k} {v}" for k, v in record.items()))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
+
+        Raises:
+            ValueError: The output folder holds another run, there is nothing to resume, or the run to be resumed had
+                another feature network.
+            FloatingPointError: Loss or gradient is not finite; the weights are those before the step.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint: output_dir='{self.output_dir}' holds no whole checkpoint.")
+        check_output_dir(self.output_dir, resuming=bool(resume_from_checkpoint))
+        step = None
+        if resume_from_checkpoint:
+            step = self._check_feature_network(resume_from_checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.should_save:
+            self.create_model_card()
+        return result
+
+    def _check_feature_network(self, checkpoint: str) -> int:
+        record, step = recorded_feature_network(checkpoint)
+        ours = self.feature_network_record
+        if record and ours and record["sha256"] != ours["sha256"]:
+            raise ValueError(
+                f"resume_from_checkpoint='{checkpoint}' was trained with feature network {record['name']} "
+                f"(sha256 {record['sha256'][:12]}), not {ours['name']} ({ours['sha256'][:12]}): resume with that one."
+            )
+        return step
+
+    def begin_step(self) -> None:
+        """A new optimiser step begins: forget the last one, start its clock."""
+        self._step_started = time.perf_counter()
+        self.recorder.reset()
+
+    def count_tokens(self, count: int) -> None:
+        """Count the document tokens of this step, over all ranks; the total is part of a checkpoint."""
+        self._step_tokens = count
+        self.state.num_input_tokens_seen += count
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of each rank's `values`, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return values
+        total = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+        return cast(Tensor, total).cpu()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's metrics to `logs`, and write them to `metrics.jsonl` as well as to every other logger."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs |= self._step_metrics()
+        super().log(logs, start_time)
+        self.run_folder.log({"epoch": self.state.epoch, **logs}, self.state.global_step)
+
+    def _step_metrics(self) -> dict[str, float]:
+        names = sorted(self.recorder.sums)
+        # Ranks may have recorded different things (a rank without blocks): agree on the names first.
+        names = sorted(set(gather_object(names))) if self.accelerator.num_processes > 1 else names
+        values = torch.stack([torch.as_tensor(self.recorder.sums[n], dtype=torch.float64).cpu() for n in names])
+        sums = dict(zip(names, self.sum_over_ranks(values).tolist(), strict=True))
+        out = {name: sums[name] for name in ("loss", "policy_loss", "ce_loss") if name in sums} | means(sums)
+        seconds = time.perf_counter() - self._step_started
+        tokens = self._step_tokens + sums.get("blocks", 0) * self.args.num_generations * self.args.completion_length
+        out |= {"documents_without_block": sums["short"], "num_tokens": self.state.num_input_tokens_seen}
+        return out | {"step_time": seconds, "tokens_per_second": tokens / seconds}
+
+    def save_step_rollouts(self) -> None:
+        """Write the step's rollouts, of all ranks, if this is a step whose rollouts are kept."""
+        step, every = self.state.global_step, self.args.rollout_save_steps
+        if every and step % every == 0:
+            rows = self.recorder.rollout_rows
+            rows = gather_object(rows) if self.accelerator.num_processes > 1 else rows
+            self.run_folder.save_rollouts(rows, step)
+
+    def check_step_is_finite(self) -> None:
+        """Stop the run before the optimiser's step if loss or gradient is not finite on any rank.
+
+        Raises:
+            FloatingPointError: On every rank; the step's inputs are in `output_dir/nonfinite_step_*`.
+        """
+        loss, norm = self.recorder.norms(self.model)
+        broken = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        if not self.sum_over_ranks(broken.double()[None]).item():
+            return
+        step = self.state.global_step + 1
+        folder = self.output_dir / f"nonfinite_step_{step:06d}"
+        self.recorder.save_inputs(folder, self.args.process_index)
+        raise FloatingPointError(
+            f"Step {step} has loss {float(loss):g} and gradient norm {float(norm):g} on rank "
+            f"{self.args.process_index}: stopped before the optimiser's step. Its inputs are in {folder}; look there, "
+            "lower learning_rate, or resume from the last checkpoint."
+        )
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Write README.md: base model, feature network, data, settings, last metrics."""
+        if self.is_world_process_zero():
+            write_model_card(
+                self.output_dir,
+                name=model_name,
+                base=self.base_name,
+                dataset=dataset_name or self.run_description.get("dataset_name"),
+                feature_network=self.feature_network_record,
+                history=self.state.log_history,
+                settings={**self.run_description, **settings_of(self.args)},
+            )

@@ -1,0 +1,178 @@
+"""`ebft train`: options and data in, a trained model with its metrics and rollouts out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ebft.cli.arguments import Arguments, DataArguments
+    from ebft.config import EBFTConfig
+    from ebft.trainer import EBFTTrainer
+
+HELP = """\
+usage: ebft train --model_name_or_path MODEL --dataset_name DATA [--option value ...]
+       ebft train --config FILE.yaml [--option value ...]
+
+Fine-tunes a causal language model. MODEL is a name on the Hugging Face Hub or a folder; DATA is a name on the Hub, a
+local JSONL, Parquet, CSV or text file, or a folder of them, with a column `text`, `messages`, `prompt` and
+`completion`, or `input_ids`. The model, metrics.jsonl, rollouts/ and resolved_config.yaml are written to --output_dir
+(default: runs/MODEL-DATA). A YAML file holds the same options as flat `name: value` lines; flags override it.
+
+examples:
+  ebft train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
+  ebft train --config recipe.yaml --learning_rate 2e-6
+  ebft train --config recipe.yaml --use_peft --lora_r 16 --learning_rate 1e-5
+  ebft train --config recipe.yaml --resume_from_checkpoint last
+  ebft train --config recipe.yaml --num_processes 2
+
+often used:
+  --output_dir DIR                 where everything of this run goes
+  --learning_rate 1e-6             --num_train_epochs 1       --max_steps N
+  --per_device_train_batch_size N  documents (not completions) per micro-batch
+  --gradient_accumulation_steps N  micro-batches per update
+  --max_length 1024                tokens per document
+  --stride 8  --context_length 8  --completion_length 8  --num_generations 4
+  --rl_coef 1  --ce_coef 0.03      weights of feature matching and cross-entropy
+  --eval_strategy steps            with --eval_dataset_name DATA, --eval_split_size 0.05 or a test split
+  --num_processes N                run under `accelerate launch`
+
+  ebft train --help-all            every option
+"""
+
+
+def run(argv: list[str]) -> None:
+    """Train; see HELP.
+
+    Args:
+        argv: The words after `ebft train`.
+
+    Raises:
+        ValueError: An option, the data or the model cannot be used; the message says which, and what to do.
+        OSError: A file or a model cannot be read.
+    """
+    from ebft.cli.arguments import ArgumentParser, parse, read_flags
+
+    if "--help-all" in argv:
+        ArgumentParser().print_help()
+        return
+    num_processes = read_flags(ArgumentParser(), argv).num_processes
+    if num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        _launch(num_processes, argv)
+    arguments = parse(argv)
+    checkpoint = _checkpoint(arguments.training)
+    trainer = build_trainer(arguments)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if arguments.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
+
+
+def build_trainer(arguments: Arguments) -> EBFTTrainer:
+    """Load the data and the model and put the trainer together.
+
+    Args:
+        arguments: The parsed options.
+
+    Returns:
+        A trainer ready for `train()`.
+    """
+    from trl import get_peft_config, get_quantization_config
+
+    from ebft.trainer import EBFTTrainer
+
+    data, training, model = arguments
+    # TRL's model options that are arguments of from_pretrained; model_init_kwargs has the last word.
+    options = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    }
+    extra = training.model_init_kwargs or {}
+    if isinstance(extra, str):
+        raise ValueError(f"model_init_kwargs: got {extra!r}; write `{{name: value}}`")
+    training.model_init_kwargs = {name: value for name, value in options.items() if value is not None} | extra
+    train_dataset, eval_dataset = load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
+    return EBFTTrainer(
+        model=str(model.model_name_or_path),
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+
+
+def load_datasets(data: DataArguments, evaluate: bool, seed: int):
+    """Load the training documents and, where evaluation is asked for, the evaluation documents.
+
+    Args:
+        data: Which documents.
+        evaluate: Whether evaluation documents are needed.
+        seed: Of the choice of documents held out by `eval_split_size`.
+
+    Returns:
+        The training dataset, and the evaluation dataset or None.
+    """
+    from datasets import IterableDataset
+
+    from ebft.data import load_documents
+
+    train = load_documents(
+        data.dataset_name,
+        split=data.dataset_train_split,
+        config=data.dataset_config,
+        streaming=data.dataset_streaming,
+    )
+    if data.eval_split_size is not None:
+        if isinstance(train, IterableDataset):
+            raise ValueError("eval_split_size: a streamed dataset cannot be split; give eval_dataset_name instead")
+        size = data.eval_split_size if data.eval_split_size < 1 else int(data.eval_split_size)
+        parts = train.train_test_split(test_size=size, seed=seed)
+        return parts["train"], parts["test"] if evaluate else None
+    if not evaluate:
+        return train, None
+    if data.eval_dataset_name is not None:
+        # A single file has only the split `train`.
+        split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
+        return train, load_documents(data.eval_dataset_name, split=split)
+    if Path(data.dataset_name).is_file():
+        raise ValueError(
+            f"eval_strategy: nothing to evaluate on, {data.dataset_name} is one file; give eval_dataset_name, or hold "
+            "out a part of it with `eval_split_size: 0.05`"
+        )
+    return train, load_documents(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config)
+
+
+def _checkpoint(training: EBFTConfig) -> str | None:
+    """Find the checkpoint that `resume_from_checkpoint` means: a folder, or `last` (also `true`) for the newest."""
+    from ebft.artifacts import check_output_dir, last_complete_checkpoint
+
+    wanted, output_dir = training.resume_from_checkpoint, str(training.output_dir)
+    if wanted is None or str(wanted).lower() in ("false", "none"):
+        check_output_dir(output_dir, resuming=False)
+        return None
+    if str(wanted).lower() not in ("last", "true"):
+        if not Path(wanted).is_dir():
+            raise ValueError(f"resume_from_checkpoint: no folder {wanted}; give a checkpoint's folder or `last`")
+        return str(wanted)
+    last = last_complete_checkpoint(output_dir)
+    if last is None:
+        raise ValueError(f"resume_from_checkpoint: {output_dir} holds no checkpoint; remove the option to start anew")
+    return last
+
+
+def _launch(num_processes: int, argv: list[str]) -> None:
+    """Replace this process by a launcher that runs the same command `num_processes` times."""
+    import torch
+
+    # On CPUs `accelerate launch` starts several processes through MPI only; torchrun needs nothing but torch.
+    if torch.accelerator.is_available():
+        launcher = ["accelerate.commands.launch", "--num_processes", str(num_processes)]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [sys.executable, "-m", *launcher, "-m", "ebft.cli", "train", *argv]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)

@@ -1,0 +1,216 @@
+"""EBFTConfig: every setting of a run, with its default, its help and its checks; transformers' settings included."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+ANCHORS = ("completion", "all")
+POOLINGS = ("last_token", "mean_pooling", "concat", "token")
+FEATURE_NORMS = ("joint", "per_layer", "none")
+REDUCTIONS = ("concat", "mean")
+WHITENINGS = ("none", "paper", "released")
+ALIGNMENTS = ("dot", "cosine")
+ESTIMATORS = ("leave_one_out", "rloo", "group_norm", "none")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+DECAYS = ("none", "linear", "cosine")
+NORMALIZATIONS = ("token", "document")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class EBFTConfig(TrainingArguments):
+    """Settings of `EBFTTrainer`; the fields' help texts are their documentation. Names and meaning as in TRL where it
+    has one.
+
+    Raises:
+        ValueError: A value is out of range or contradicts another; the message names the field and the remedy.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # --- transformers' settings with defaults of our own ---
+    learning_rate: float | None = _setting(None, "Peak learning rate. Default: 1e-6, or 1e-5 with LoRA.")  # type: ignore
+    lr_scheduler_type: str = _setting("constant_with_warmup", "Learning-rate schedule.")
+    warmup_steps: float = _setting(0.03, "Warm-up: a number of steps, or below 1 a share of all steps.")
+    adam_beta2: float = _setting(0.95, "Second beta of AdamW.")
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW.")
+    per_device_train_batch_size: int = _setting(
+        4, "Documents (not completions) per device and forward; rows when packed. A group never leaves its device."
+    )
+    gradient_accumulation_steps: int = _setting(4, "Micro-batches per optimiser step.")
+    logging_steps: float = _setting(1, "Log every so many steps. Values are those of the logged step, not averages.")
+    logging_nan_inf_filter: bool = _setting(False, "Must stay off: a NaN or infinite loss stops the run instead.")
+    bf16: bool | None = _setting(None, "bfloat16 autocast over float32 weights. Default: on where a GPU supports it.")  # type: ignore
+    remove_unused_columns: bool = _setting(False, "Must stay off: the collator chooses its columns itself.")
+
+    # --- model ---
+    model_init_kwargs: dict | str | None = _setting(
+        None, "Keyword arguments of `from_pretrained` when the model is given by name."
+    )
+    feature_model_name_or_path: str | None = _setting(
+        None, "The frozen feature network. Default: the base model (adapters off with LoRA, else a copy)."
+    )
+    feature_model_revision: str | None = _setting(None, "Branch, tag or commit of the feature network on the Hub.")
+    # Strings, so that on the command line 1 (an index) and 1.0 (a fraction) stay apart; numbers after __post_init__.
+    feature_layers: list[str] = field(
+        default_factory=lambda: ["0.25", "0.5", "0.75"],
+        metadata={"help": "Hidden states to read: fractions of the depth, or integers into hidden_states."},
+    )
+    feature_reduction: str = _setting("concat", "How the layers are joined.", REDUCTIONS)
+    feature_norm: str = _setting("joint", "L2 norm of each token's features, before pooling.", FEATURE_NORMS)
+    pooling: str = _setting("last_token", "How a block's token features become one; `token` keeps each.", POOLINGS)
+
+    # --- blocks and rollouts ---
+    max_length: int = _setting(1024, "Longest document, in tokens (P).")
+    stride: int = _setting(8, "Distance between neighbouring blocks, in tokens (s).")
+    context_length: int = _setting(8, "Shortest prefix of a block, in tokens (c).")
+    completion_length: int = _setting(8, "Tokens per block (G).")
+    num_generations: int = _setting(4, "Rollouts per block (n).")
+    temperature: float = _setting(0.6, "Sampling temperature of the rollouts, and of their log-probs.")
+    top_k: int = _setting(0, "Sample from the k likeliest tokens only (log-probs on the same support); 0: all.")
+    top_p: float = _setting(1.0, "Sample from the likeliest tokens of this mass (log-probs likewise); 1: all.")
+    anchors: str | None = _setting(
+        None,
+        "Blocks in the `completion` only, or over `all` of a document. Default: by whether there is a prompt.",
+        ANCHORS,
+    )
+    max_blocks: int | None = _setting(None, "Random subset of at most so many blocks per document, new at each visit.")
+    random_anchor_offset: bool = _setting(False, "Shift the first anchor by a random 0..stride-1 at each visit.")
+
+    # --- data ---
+    packing: bool = _setting(False, "Pack documents into rows of max_length; they do not see each other.")
+    completion_only_loss: bool | None = _setting(
+        None, "Cross-entropy on completions only. Default: where there is a prompt. As in TRL."
+    )
+    assistant_only_loss: bool = _setting(False, "Cross-entropy on assistant turns only. As in TRL.")
+    dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
+
+    # --- objective ---
+    rl_coef: float = _setting(1.0, "Weight of the feature-matching term; 0 skips sampling and features (plain SFT).")
+    rl_warmup_steps: int = _setting(0, "Steps over which rl_coef rises linearly.")
+    ce_coef: float = _setting(0.03, "Weight of the cross-entropy term (gamma).")
+    ce_decay: str = _setting("none", "Decay of ce_coef to 0 over the run.", DECAYS)
+    beta: float = _setting(0.0, "Weight of the KL divergence to the initial policy.")
+    kl_estimator: str = _setting(
+        "k1", "k1 (in the reward) and k2 (in the loss) give grad KL(pi||ref), k3 grad KL(ref||pi).", KL_ESTIMATORS
+    )
+    alignment_coef: float = _setting(1.0, "Weight of the alignment reward.")
+    diversity_coef: float = _setting(1.0, "Weight of the diversity reward (alpha); below 1 is mode-seeking.")
+    whitening: str = _setting("paper", "Whitening of the features within each group.", WHITENINGS)
+    alignment: str | None = _setting(
+        None, "Dot product or cosine, without whitening (whitened rewards are cosines). Default: dot.", ALIGNMENTS
+    )
+    advantage_estimator: str = _setting("leave_one_out", "Baseline; leave_one_out is the exact one.", ESTIMATORS)
+    loss_normalization: str = _setting(
+        "token", "Mean over all tokens and blocks, or first within each document.", NORMALIZATIONS
+    )
+
+    # --- artifacts ---
+    rollout_save_steps: int = _setting(10, "Write rollouts/step_*.parquet every so many steps; 0: never.")
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.feature_layers = [_number(x) for x in self.feature_layers]  # type: ignore[misc]
+        default_rate = self.learning_rate is None
+        self.learning_rate = 1e-6 if default_rate else self.learning_rate
+        super().__post_init__()
+        self.learning_rate = None if default_rate else self.learning_rate  # the trainer knows whether there is LoRA
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+        self._check_refused()
+
+    def _check_choices(self) -> None:
+        for name, spec in self.__dataclass_fields__.items():
+            choices, value = spec.metadata.get("choices"), getattr(self, name)
+            # transformers' own choices are checked by transformers
+            if name in EBFTConfig.__annotations__ and choices and value is not None and value not in choices:
+                raise ValueError(f"{name}='{value}' is unknown: use one of {', '.join(choices)}.")
+
+    def _check_ranges(self) -> None:
+        for name in ("stride", "context_length", "completion_length", "num_generations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        names = ("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef")
+        for name in (*names, "rl_warmup_steps", "top_k", "rollout_save_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive: training needs sampled rollouts.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps all tokens.")
+        if self.max_blocks is not None and self.max_blocks < 1:
+            raise ValueError(f"max_blocks={self.max_blocks} must be at least 1, or unset for all blocks.")
+        if self.completion_length > self.max_length - self.context_length:
+            raise ValueError(
+                f"completion_length={self.completion_length} does not fit behind context_length={self.context_length} "
+                f"in max_length={self.max_length}: shorten one of the two or raise max_length."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.rl_coef == 0 and self.ce_coef == 0:
+            raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
+        if self.rl_coef == 0:
+            return
+        n = self.num_generations
+        if n < 2 and self.diversity_coef:
+            raise ValueError(
+                f"num_generations={n} has no pairs for diversity_coef={self.diversity_coef}: "
+                "use num_generations >= 2 or diversity_coef: 0."
+            )
+        if n < 2 and self.advantage_estimator != "none":
+            raise ValueError(
+                f"num_generations={n} gives advantage_estimator='{self.advantage_estimator}' nothing to compare with: "
+                "use num_generations >= 2 or advantage_estimator: none."
+            )
+        if self.alignment == "dot" and self.whitening != "none":
+            raise ValueError(
+                f"alignment='dot' contradicts whitening='{self.whitening}', whose alignment is a cosine: "
+                "leave alignment unset or set whitening: none."
+            )
+
+    def _check_refused(self) -> None:
+        reasons = {
+            "fp16": "float16 is not supported: use bf16: true, or neither for float32",
+            "auto_find_batch_size": "it would change the step's batch: set per_device_train_batch_size",
+            "logging_nan_inf_filter": "it hides a NaN loss: leave it off",
+            "bf16_full_eval": "it would round the float32 weights: leave it off, autocast is used anyway",
+            "fp16_full_eval": "it would round the float32 weights: leave it off",
+            "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
+            "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
+            "use_liger_kernel": "it replaces the forward that block rollouts need: leave it off",
+            "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
+            "remove_unused_columns": "the collator chooses its columns itself: leave it off",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name}={getattr(self, name)}: {reason}.")
+        parallelism = self.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "parallelism_config: context parallelism would cut documents apart; set cp_size and sp_size to 1."
+            )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling distribution, as keyword arguments of `sample_rollouts` and `block_log_probs`."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+def _number(text: Any) -> int | float:
+    """`"7"` and 7 to an index, `"0.5"` and 0.5 to a fraction."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return int(text) if text.strip().lstrip("-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(
+            f"feature_layers: '{text}' is not a number; use fractions such as 0.5 or layer indices."
+        ) from None

@@ -1,0 +1,91 @@
+"""Rollouts of one micro-batch and what they are worth; their sums for the metrics, and their rows on disk.
+
+Shape letters: B rows, K blocks, N rollouts, G generated tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .blocks import BlockLayout
+from .metrics import rollout_sums, sum_over_blocks
+from .rewards import Gram, Rewards, loss_from_gram, rewards_from_gram
+from .rollout import Rollouts
+
+CONTEXT_TOKENS = 64  # of the prefix that are written beside a rollout
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """Rollouts of one micro-batch and what they are worth.
+
+    Attributes:
+        rollouts: Tokens, log-probs and entropy, each [B, K, N, G].
+        gram: Inner products of the features, per group.
+        rewards: Each [B, K, N], or [B, K, G, N] with per-token features.
+        kl: k1 estimate of each block's KL to the initial policy [B, K, N], or None without `beta`.
+        reference_log_probs: The initial policy's [B, K, N, G], or None without `beta`.
+    """
+
+    rollouts: Rollouts
+    gram: Gram
+    rewards: Rewards
+    kl: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+
+
+def experience_sums(experience: Experience, layout: BlockLayout) -> dict[str, Tensor]:
+    """Sums per row [B] of a batch of rollouts; see `metrics.rollout_sums`."""
+    gram, device = experience.gram, experience.gram.cross.device
+    diversity = 1.0 if gram.cross.shape[-1] > 1 else 0.0
+    plain = rewards_from_gram(gram, whitening="none", diversity_coef=diversity)
+    feature_loss = loss_from_gram(gram, unbiased=gram.cross.shape[-1] > 1)
+    rollouts, valid = experience.rollouts, layout.valid.to(device)
+    sums = rollout_sums(experience.rewards, plain, feature_loss, rollouts.tokens, rollouts.entropy, valid)
+    if experience.kl is not None:
+        # Nats per token, as in TRL.
+        sums["kl"] = sum_over_blocks(experience.kl.to(device) / rollouts.tokens.shape[-1], valid)
+    return sums
+
+
+def rollout_rows(
+    inputs: dict[str, Any], experience: Experience, advantages: Tensor, tokenizer, step: int
+) -> list[dict[str, Any]]:
+    """One row per rollout for `rollouts/step_*.parquet`, numbers as in the step."""
+    layout, tokens = inputs["layout"], experience.rollouts.tokens.cpu()
+    G = layout.completion_length
+    per_rollout = {
+        "alignment": experience.rewards.alignment,
+        "diversity": experience.rewards.diversity,
+        "reward": experience.rewards.total,
+    }
+    if experience.rewards.total.ndim == 4:  # per token: [B, K, G, N] -> mean over the block
+        per_rollout = {k: v.mean(2) for k, v in per_rollout.items()}
+    per_rollout["advantage"] = advantages.mean(-1) if advantages.ndim == 4 else advantages
+    per_rollout["log_prob"] = experience.rollouts.log_probs.sum(-1)
+    numbers = {k: v.double().cpu() for k, v in per_rollout.items()}
+    loss = loss_from_gram(experience.gram, unbiased=tokens.shape[2] > 1).cpu()
+    loss = loss.mean(-1) if loss.ndim == 3 else loss
+    input_ids, documents = inputs["input_ids"].cpu(), inputs["document_ids"].cpu()
+
+    rows = []
+    for b, k in layout.valid.nonzero().tolist():
+        anchor, begin = int(layout.anchors[b, k]), int(layout.prefix_starts[b, k])
+        document = int(documents[b, layout.doc_ids[b, anchor]])
+        shared = {
+            "step": step,
+            "document_id": document,
+            "block": anchor - begin,
+            "context": tokenizer.decode(input_ids[b, max(begin, anchor - CONTEXT_TOKENS) : anchor]),
+            "reference": tokenizer.decode(input_ids[b, anchor : anchor + G]),
+            "feature_matching_loss": float(loss[b, k]),
+        }
+        for n in range(tokens.shape[2]):
+            row = {
+                "rollout": n,
+                "completion": tokenizer.decode(tokens[b, k, n]),
+                "token_ids": tokens[b, k, n].tolist(),
+            }
+            rows.append(shared | row | {name: float(value[b, k, n]) for name, value in numbers.items()})
+    return rows

@@ -1,0 +1,205 @@
+"""The frozen feature network: hidden states at some depths, normalised and pooled.
+
+The network runs over the document and its rollouts in one packed forward, stops at its highest tap, and has no LM
+head. The reference block's features are read from the document's own tokens in the same forward.
+Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features, L layers.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .attention import BlockPlan, block_attention
+from .blocks import BlockLayout
+from .forward import at_least_float32, causal_lm, decode, evaluation_mode
+
+POOLINGS = ("last_token", "mean_pooling", "concat", "token")
+NORMS = ("joint", "per_layer", "none")
+REDUCTIONS = ("concat", "mean")
+
+
+class FeatureNetwork:
+    """Feature map phi: `(input_ids, tokens, layout) -> (generated, reference)`.
+
+    Never changes or freezes `model`: it only reads its weights, without gradient. With a peft model the adapters are
+    off, so that the network is the base model.
+
+    Args:
+        model: A causal LM or decoder of `transformers`, or a peft model around one.
+        layers: Which hidden states to read: fractions of the depth (`floor(f * L)`, at least 1) or integers
+            into `hidden_states` (1..L; L is after the final norm, as in transformers).
+        pooling: `last_token` of the block, `mean_pooling` over its G tokens, `concat` of all of them, or `token`: one
+            feature per token.
+        norm: `joint` L2 norm over the concatenated layers of a token, `per_layer` before concatenation, or `none`.
+            Always before pooling, and not again after it.
+        reduction: `concat` or `mean` over layers.
+
+    Raises:
+        ValueError: A name is unknown, or a layer is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[float | int] = (0.25, 0.5, 0.75),
+        pooling: str = "last_token",
+        norm: str = "joint",
+        reduction: str = "concat",
+    ):
+        for name, value, allowed in (
+            ("pooling", pooling, POOLINGS),
+            ("feature_norm", norm, NORMS),
+            ("feature_reduction", reduction, REDUCTIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}='{value}' is unknown: use one of {', '.join(allowed)}.")
+        self.model = model
+        self.pooling, self.norm, self.reduction = pooling, norm, reduction
+        lm = causal_lm(model)
+        self.layer_indices = layer_indices(layers, lm.config.get_text_config().num_hidden_layers)
+        self.decoder = decoder_up_to(lm.base_model, max(self.layer_indices))
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, tokens: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+        """Features of the rollouts and of the reference blocks.
+
+        Args:
+            input_ids: LongTensor [B, P].
+            tokens: LongTensor [B, K, N, G].
+            layout: The blocks.
+
+        Returns:
+            generated [B, K, N, D] and reference [B, K, D] in float32 (float64 if the model is); with `pooling="token"`
+            [B, K, G, N, D] and [B, K, G, D]. Rollouts of a group with equal tokens have equal features to the last
+            bit: whitening would blow the rounding noise between them up into a direction of its own. Zeros where a
+                block is not valid.
+        """
+        B, K, N, G = tokens.shape
+        device = input_ids.device
+        plan = BlockPlan(layout, B, N if K else 0, range(G), device=device)
+        ids = torch.cat([input_ids, tokens.flatten(1)], dim=1)
+        taps = self._hidden_states(ids, plan, layout.position_ids(N).expand(B, -1))
+
+        anchors, valid, _ = (x.to(device) for x in layout.expand(B))
+        steps = slice(G - 1, G) if self.pooling == "last_token" else slice(0, G)  # only what is pooled is gathered
+        at_reference = (anchors[..., None] + torch.arange(G, device=device)[steps]).clamp(max=layout.length - 1)
+        rows = torch.arange(B, device=device)[:, None, None]
+        reference = self._token_features([h[:, : layout.length][rows, at_reference] for h in taps])
+        generated = self._token_features([h[:, layout.length :].unflatten(1, (K, N, G))[:, :, :, steps] for h in taps])
+
+        generated = _share_equal_rollouts(generated, tokens, steps)
+        generated, reference = self._pool(generated), self._pool(reference)
+        if self.pooling == "token":
+            generated = generated.transpose(2, 3)  # the group next to the features
+        return _where_valid(generated, valid), _where_valid(reference, valid)
+
+    def _hidden_states(self, ids: Tensor, plan: BlockPlan, position_ids: Tensor) -> list[Tensor]:
+        with ExitStack() as stack:
+            lm = causal_lm(self.model)
+            stack.enter_context(evaluation_mode(lm))
+            stack.enter_context(block_attention(lm))
+            stack.enter_context(adapters_off(self.model))
+            return tapped(
+                self.decoder,
+                self.layer_indices,
+                lambda: decode(self.decoder, ids, plan, position_ids).last_hidden_state,
+            )
+
+    def _token_features(self, taps: list[Tensor]) -> Tensor:
+        """Normalise and reduce over layers: each [..., d] -> [..., D]."""
+        states = [at_least_float32(tap) for tap in taps]
+        if self.norm == "per_layer":
+            states = [nn.functional.normalize(h, dim=-1) for h in states]
+        features = torch.cat(states, dim=-1) if self.reduction == "concat" else torch.stack(states).mean(0)
+        return nn.functional.normalize(features, dim=-1) if self.norm == "joint" else features
+
+    def _pool(self, features: Tensor) -> Tensor:
+        """[..., tokens, D] -> [..., D], or as it is for per-token features."""
+        if self.pooling == "token":
+            return features
+        return features.mean(-2) if self.pooling == "mean_pooling" else features.flatten(-2)
+
+
+def layer_indices(layers: Sequence[float | int], num_layers: int) -> list[int]:
+    """Fractions of the depth or integers to indices into `hidden_states`, 1..L.
+
+    Raises:
+        ValueError: A fraction is outside (0, 1], or an integer outside 1..L.
+    """
+    indices = []
+    for layer in layers:
+        index = layer if isinstance(layer, int) else max(1, math.floor(layer * num_layers))
+        if not 1 <= index <= num_layers or (isinstance(layer, float) and layer <= 0):
+            raise ValueError(
+                f"feature_layers={list(layers)}: {layer} is out of range; use fractions in (0, 1] or integers in "
+                f"1..{num_layers}, the number of layers of the feature network."
+            )
+        indices.append(index)
+    if not indices:
+        raise ValueError("feature_layers is empty: name at least one layer, e.g. 0.5.")
+    return indices
+
+
+def decoder_up_to(decoder: nn.Module, top: int) -> nn.Module:
+    """A view of `decoder` that stops after its first `top` layers; shares all weights, leaves `decoder` as it is."""
+    name, layers = layer_list(decoder)
+    view = copy.copy(decoder)
+    view._modules = dict(decoder._modules)
+    view._modules[name] = nn.ModuleList(list(layers)[:top])
+    return view
+
+
+def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and value of the attribute that holds the decoder's layers (`layers`, `h`, ...)."""
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList):
+            return name, child
+    raise ValueError(f"{type(decoder).__name__} has no list of layers: it cannot be the feature network.")
+
+
+def tapped(decoder: nn.Module, indices: list[int], run) -> list[Tensor]:
+    """Hidden states `hidden_states[i]` for each index while `run()` runs the decoder.
+
+    Layer i's output is `hidden_states[i]`, but the last one of the whole network is taken after the final norm. Hooks,
+    since `output_hidden_states` changed its meaning several times across transformers 5.
+    """
+    _, layers = layer_list(decoder)
+    depth = decoder.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    taps: dict[int, Tensor] = {}
+
+    def keep(index: int):
+        def hook(module, args, output):
+            taps[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [layers[i - 1].register_forward_hook(keep(i)) for i in set(indices) if i < depth]
+    try:
+        last = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    taps[depth] = last
+    return [taps[i] for i in indices]
+
+
+@contextmanager
+def adapters_off(model: nn.Module):
+    """The base model inside a peft model; nothing to do for any other."""
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():  # type: ignore[operator]
+        yield
+
+
+def _share_equal_rollouts(features: Tensor, tokens: Tensor, steps: slice) -> Tensor:
+    """Give rollouts that agree up to a token that token's features from the first such rollout: [B, K, N, S, D]."""
+    agree = (tokens[:, :, :, None] == tokens[:, :, None]).int().cumprod(-1)[..., steps]  # [B, K, N, N, S]
+    first = agree.argmax(dim=3)  # [B, K, N, S]: the first rollout that agrees with rollout n up to s
+    return features.gather(2, first[..., None].expand_as(features))
+
+
+def _where_valid(features: Tensor, valid: Tensor) -> Tensor:
+    return features * valid[(..., *(None,) * (features.ndim - 2))]

@@ -1,0 +1,64 @@
+"""The blocks of a batch: where completions start, and which blocks this visit takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .blocks import BlockLayout
+from .config import EBFTConfig
+
+
+def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: int | None) -> BlockLayout:
+    """Lay out the blocks of a collated batch.
+
+    Args:
+        batch: `doc_ids`, `completion_mask` [B, P] and `document_ids` [B, M], as `data.BlockCollator` makes them.
+        args: Sizes, and the random choices `max_blocks` and `random_anchor_offset`.
+        anchors: `completion` or `all`.
+        step: Optimiser step of this visit; None in evaluation, which takes every block.
+
+    Returns:
+        A layout with `doc_ids`.
+    """
+    doc_ids, ids = batch["doc_ids"].cpu(), batch["document_ids"].cpu()
+    starts, ends = None, None
+    if anchors == "completion":
+        starts, ends = completion_borders(batch["completion_mask"].cpu(), doc_ids)
+    if step is not None and args.random_anchor_offset:
+        if starts is None:
+            starts = first_anchors(doc_ids, args.context_length)
+        starts = noise.shift_starts(starts, doc_ids, ids, args.stride, seed=args.seed, step=step)
+    layout = BlockLayout.from_documents(
+        doc_ids,
+        stride=args.stride,
+        context_length=args.context_length,
+        completion_length=args.completion_length,
+        starts=starts,
+        ends=ends,
+    )
+    if step is not None and args.max_blocks is not None:
+        layout = noise.random_subset(layout, ids, args.max_blocks, seed=args.seed, step=step)
+    return layout
+
+
+def completion_borders(completion_mask: Tensor, doc_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last token of each run of completion tokens within a document: two BoolTensors [B, P]."""
+    inside = completion_mask & (doc_ids >= 0)
+    goes_on = torch.zeros_like(inside)  # token p and its successor are of the same completion
+    goes_on[:, :-1] = inside[:, :-1] & inside[:, 1:] & (doc_ids[:, :-1] == doc_ids[:, 1:])
+    went_on = torch.zeros_like(inside)
+    went_on[:, 1:] = goes_on[:, :-1]
+    return inside & ~went_on, inside & ~goes_on
+
+
+def first_anchors(doc_ids: Tensor, context_length: int) -> Tensor:
+    """The token `context_length` behind each document's first, where it is that long: BoolTensor [B, P]."""
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    moved = torch.zeros_like(begins)
+    moved[:, context_length:] = begins[:, :-context_length]
+    same_document = torch.zeros_like(begins)
+    same_document[:, context_length:] = doc_ids[:, context_length:] == doc_ids[:, :-context_length]
+    return moved & same_document & (doc_ids >= 0)

@@ -1,0 +1,73 @@
+"""All randomness of a run, as pure functions of (seed, purpose, optimiser step, document): never of a stream.
+
+So rollouts do not depend on the micro-batch, the number of ranks, packing or the point of resume, and evaluation
+leaves training's numbers untouched. Documents are known by their index in the tokenised dataset.
+Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, M documents of a row.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blocks import BlockLayout, document_spans
+
+SAMPLING, SUBSET, OFFSET, EVALUATION = range(4)  # purposes
+
+
+def document_rng(seed: int, purpose: int, step: int, document_id: int) -> np.random.Generator:
+    """The random numbers of one document at one visit, for one purpose."""
+    return np.random.default_rng([seed, purpose, step, document_id])
+
+
+def sampling_uniforms(
+    layout: BlockLayout, document_ids: Tensor, num_generations: int, *, seed: int, purpose: int, step: int
+) -> Tensor:
+    """One uniform in [0, 1) per generated token: [B, K, N, G], a function of each document and its blocks alone.
+
+    Args:
+        layout: From `BlockLayout.from_documents`.
+        document_ids: LongTensor [B, M]: index in the dataset of each of a row's documents.
+        num_generations: N.
+        seed: Of the run.
+        purpose: `SAMPLING` or `EVALUATION`.
+        step: Optimiser step.
+    """
+    shape = (*layout.anchors.shape, num_generations, layout.completion_length)
+    out = torch.zeros(shape, dtype=torch.float64)
+    for row, doc, blocks in documents_with_blocks(layout):
+        rng = document_rng(seed, purpose, step, int(document_ids[row, doc]))
+        out[row, blocks] = torch.from_numpy(rng.random((len(blocks), *out.shape[2:])))
+    return out
+
+
+def random_subset(layout: BlockLayout, document_ids: Tensor, max_blocks: int, *, seed: int, step: int) -> BlockLayout:
+    """At most `max_blocks` blocks of each document, drawn without replacement: an unbiased sample of them."""
+    keep = torch.zeros_like(layout.valid)
+    for row, doc, blocks in documents_with_blocks(layout):
+        rng = document_rng(seed, SUBSET, step, int(document_ids[row, doc]))
+        keep[row, blocks[torch.from_numpy(rng.permutation(len(blocks))[:max_blocks])]] = True
+    return layout.select(keep)
+
+
+def shift_starts(
+    starts: Tensor, doc_ids: Tensor, document_ids: Tensor, stride: int, *, seed: int, step: int
+) -> Tensor:
+    """`starts` [B, P] with each document's starts moved right by one random 0..stride-1, within the document."""
+    shifted = torch.zeros_like(starts)
+    for row, ids in enumerate(doc_ids):
+        for begin, end in document_spans(ids, row):
+            offset = int(document_rng(seed, OFFSET, step, int(document_ids[row, ids[begin]])).integers(stride))
+            shifted[row, begin + offset : end] = starts[row, begin : max(begin, end - offset)]
+    return shifted
+
+
+def documents_with_blocks(layout: BlockLayout) -> list[tuple[int, int, Tensor]]:
+    """`(row, document, indices of its valid blocks)` for every document of a batch that has any."""
+    assert layout.doc_ids is not None, "a layout from documents"
+    block_doc = layout.doc_ids.gather(1, layout.anchors).where(layout.valid, -1)
+    return [
+        (row, doc, (docs == doc).nonzero().flatten())
+        for row, docs in enumerate(block_doc)
+        for doc in docs.unique().tolist()
+        if doc >= 0
+    ]

@@ -1,0 +1,72 @@
+"""From the datasets a user gives to the documents a run trains on: tokenised, packed, checked for blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .config import EBFTConfig
+from .data import BlockCollator, has_prompt, pack_documents, padding_id, tokenize_documents
+from .layouts import batch_layout
+
+
+def prepare_datasets(
+    train_dataset, eval_dataset, processing_class, args: EBFTConfig, formatting_func: Callable | None
+):
+    """Tokenise and pack both datasets, decide where blocks go, and make sure that there are any.
+
+    Args:
+        train_dataset: In one of the formats of `ebft.data`, or None.
+        eval_dataset: Likewise, or a dict of several.
+        processing_class: The tokenizer.
+        args: Lengths, masks, packing.
+        formatting_func: Makes text of a row.
+
+    Returns:
+        `(train, eval, anchors)`; a dict of evaluation sets stays a dict, and `anchors` is `completion` or `all`.
+
+    Raises:
+        ValueError: A dataset is malformed, empty, or has no document long enough for one block.
+    """
+    first = train_dataset if train_dataset is not None else eval_dataset
+    first = next(iter(first.values())) if isinstance(first, dict) else first
+    if first is None:
+        raise ValueError("train_dataset and eval_dataset are both missing: pass at least one.")
+    anchors = args.anchors
+    if anchors is None:
+        prompts = has_prompt(first, assistant_only_loss=args.assistant_only_loss, formatting_func=formatting_func)
+        anchors = "completion" if prompts else "all"
+
+    def prepare(dataset, label: str):
+        documents = tokenize_documents(
+            dataset,
+            processing_class,
+            max_length=args.max_length,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            formatting_func=formatting_func,
+            num_proc=args.dataset_num_proc,
+            dataset_label=label,
+        )
+        if args.rl_coef and hasattr(documents, "__len__"):
+            check_some_blocks(documents, args, anchors, label, padding_id(processing_class))
+        return pack_documents(documents, args.max_length) if args.packing else documents
+
+    train = None if train_dataset is None else prepare(train_dataset, "train_dataset")
+    if isinstance(eval_dataset, dict):
+        return train, {k: prepare(v, f"eval_dataset['{k}']") for k, v in eval_dataset.items()}, anchors
+    return train, None if eval_dataset is None else prepare(eval_dataset, "eval_dataset"), anchors
+
+
+def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str, pad: int) -> None:
+    """Raise a ValueError unless at least one document has a block; stops at the first that does."""
+    collate = BlockCollator(pad)
+    count = 0
+    for row in documents:
+        if batch_layout(collate([row]), args, anchors, step=None).num_blocks:
+            return
+        count += 1
+    prefix = "prompt" if anchors == "completion" else "prefix"
+    raise ValueError(
+        f"{label}: all {count} documents are too short for a block of completion_length={args.completion_length} behind "
+        f"a {prefix} of at least context_length={args.context_length} tokens: use longer documents, lower one of the "
+        "two, or set rl_coef: 0 for plain cross-entropy."
+    )

@@ -1,0 +1,353 @@
+"""EBFTTrainer: one optimiser step of energy-based fine-tuning on top of transformers' Trainer. Orchestration only.
+
+A step: documents -> blocks -> rollouts -> features -> rewards -> advantages -> one forward for policy and
+cross-entropy. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, EvalPrediction
+
+from . import advantages as advantage_estimators
+from . import losses, models, noise
+from .base_trainer import RecordedTrainer
+from .blocks import BlockLayout
+from .config import EBFTConfig
+from .data import BlockCollator, padding_id
+from .experience import Experience, experience_sums, rollout_rows
+from .features import FeatureNetwork, adapters_off
+from .layouts import batch_layout
+from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs
+from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
+from .prepare import prepare_datasets
+from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
+from .rollout import Rollouts, sample_rollouts
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Denominators of one whole optimiser step, over all micro-batches and ranks; known before sampling.
+
+    Attributes:
+        tokens: Sum of the cross-entropy weights.
+        blocks: Sum of the block weights.
+    """
+
+    tokens: float
+    blocks: float
+
+
+class EBFTTrainer(RecordedTrainer):
+    """Fine-tunes a causal LM by matching features of its rollouts to those of real completions (arXiv 2603.12248).
+
+    Override `sample`, `compute_rewards`, `compute_advantages` or `compute_policy_loss` to change one part of a step.
+
+    Args:
+        model: Hub name, path, `PreTrainedModel` or `PeftModel`.
+        args: An `EBFTConfig`; defaults if None.
+        data_collator: Must return what `ebft.data.BlockCollator` returns, which is the default.
+        train_dataset: A `datasets` Dataset or IterableDataset in one of TRL's formats, tokenised or not.
+        eval_dataset: Likewise, or a dict of several.
+        processing_class: Tokenizer; loaded from the model's name if None.
+        feature_model: The frozen feature network: name, path, model or `FeatureNetwork`; by default
+            `args.feature_model_name_or_path`, else the base model.
+        compute_metrics: Called in evaluation with `predictions` [rows, K, N, G] (rollouts) and `label_ids` [rows, K,
+            G] (references), -100 where there is no block; its metrics join ours.
+        callbacks: As in transformers.
+        optimizers: As in transformers.
+        quantization_config: For a model given by name.
+        peft_config: Adapter to train instead of the model; the base is then the feature network.
+        formatting_func: Makes text of a dataset row, as in TRL.
+
+    Raises:
+        ValueError: Settings, data or model do not fit; data are checked before any weight is loaded.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["ebft"]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: EBFTConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        feature_model: str | nn.Module | FeatureNetwork | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config=None,
+        peft_config=None,
+        formatting_func: Callable | None = None,
+    ):
+        args = EBFTConfig("ebft_output") if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot be right here: start with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        base_name = model if isinstance(model, str) else models.causal_lm(model).config._name_or_path
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(base_name)
+        train_dataset, eval_dataset, self.anchors = prepare_datasets(
+            train_dataset, eval_dataset, processing_class, args, formatting_func
+        )
+        policy = models.load_policy(model, args, peft_config, quantization_config)
+        if args.learning_rate is None:
+            args.learning_rate = 1e-5 if hasattr(policy, "peft_config") else 1e-6
+        needs_features = args.rl_coef > 0 or eval_dataset is not None
+        feature_model = feature_model or args.feature_model_name_or_path
+        self.feature_network = (
+            models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
+        )
+        self.reference_model = models.load_reference(policy) if args.beta and args.rl_coef else None
+        self._user_metrics = compute_metrics
+        super().__init__(
+            base_name=base_name,
+            model=policy,
+            args=args,
+            data_collator=data_collator or BlockCollator(padding_id(processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._evaluation_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Our loss is divided by the whole step's denominators. (Two names: before and after transformers 5.19.)
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.can_return_loss = True
+        self._place_frozen_networks()
+
+    # --- construction ---
+
+    def _place_frozen_networks(self) -> None:
+        network = self.feature_network
+        if self.reference_model is not None and self.reference_model is not self.model:
+            self.reference_model.to(self.args.device)
+        if network is None:
+            return
+        if network.model is not self.model:
+            network.model.to(self.args.device)
+        self.record_feature_network(models.describe_feature_network(network))
+
+    # --- one step ---
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
+        """Fetch a step's micro-batches, lay out their blocks, and count the step's denominators over all ranks."""
+        self.begin_step()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = blocks = count = 0.0
+        for batch in batches:
+            batch["layout"] = batch_layout(batch, self.args, self.anchors, self.state.global_step)
+            tokens += self._token_weights(batch).sum()
+            blocks += self._block_weights(batch["layout"]).sum()
+            count += (batch["doc_ids"] >= 0).sum()
+        totals = torch.tensor([float(tokens), float(blocks), float(count)], dtype=torch.float64)
+        tokens, blocks, count = self.sum_over_ranks(totals).tolist()
+        self.count_tokens(int(count))
+        return batches, StepTotals(tokens, blocks)
+
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        """The mixed objective L_FM + gamma L_CE of one micro-batch, as its share of the whole step's loss."""
+        totals, layout = num_items_in_batch, inputs["layout"]
+        rl_coef, ce_coef = self.coefficients()
+        experience = self._collect(inputs) if rl_coef and layout.num_blocks else None
+        if experience is None:
+            layout = layout.select(torch.zeros_like(layout.valid))
+            tokens = inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length)
+        else:
+            tokens = experience.rollouts.tokens
+        wanted = inputs["labels"][:, 1:] != -100
+        log_probs = document_and_block_log_probs(
+            model,
+            inputs["input_ids"],
+            tokens,
+            layout,
+            document_mask=wanted if ce_coef else torch.zeros_like(wanted),
+            **self.args.sampling,
+        )
+        advantages = None if experience is None else self.compute_advantages(experience)
+        loss = self._mixed_loss(log_probs, inputs, experience, advantages, totals, (rl_coef, ce_coef))
+        self._record(inputs, log_probs, experience, advantages, loss)
+        # DDP averages gradients over ranks, and ours are shares of a sum.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {"log_probs": log_probs}) if return_outputs else loss
+
+    def _mixed_loss(self, log_probs: LogProbs, inputs, experience, advantages, totals, coefficients) -> Tensor:
+        args, device = self.args, log_probs.document.device
+        ce, metrics = losses.cross_entropy(log_probs.document, self._token_weights(inputs).to(device), totals.tokens)
+        # Ties every parameter into the graph on a rank without blocks, and carries nothing.
+        policy, kl = 0.0 * log_probs.blocks.sum(), None
+        if experience is not None:
+            layout, denominator = inputs["layout"], self._policy_denominator(totals)
+            policy, policy_metrics = self.compute_policy_loss(log_probs.blocks, advantages, layout, totals)
+            metrics |= policy_metrics
+            if experience.reference_log_probs is not None and args.kl_estimator != "k1":
+                weights = self._block_weights(layout).to(device)
+                kl, _ = losses.kl_loss(
+                    log_probs.blocks, experience.reference_log_probs, weights, denominator, args.kl_estimator
+                )
+        rl_coef, ce_coef = coefficients
+        loss, _ = losses.mixed_loss(policy, ce, kl, rl_coef=rl_coef, ce_coef=ce_coef, beta=args.beta)
+        self.recorder.add({name: value for name, value in metrics.items() if ce_coef or name != "ce_loss"})
+        return loss
+
+    # --- its parts: the override points ---
+
+    def sample(self, inputs: dict[str, Any], *, purpose: int = noise.SAMPLING) -> Rollouts:
+        """Sample the rollouts of a batch from the current policy.
+
+        Args:
+            inputs: A batch on the device, with its `layout`.
+            purpose: `noise.SAMPLING` or `noise.EVALUATION`.
+
+        Returns:
+            Rollouts, each [B, K, N, G]; a function of (seed, step, document, block, rollout) and the weights.
+        """
+        args, layout = self.args, inputs["layout"]
+        step = 0 if purpose == noise.EVALUATION else self.state.global_step
+        uniforms = noise.sampling_uniforms(
+            layout, inputs["document_ids"].cpu(), args.num_generations, seed=args.seed, purpose=purpose, step=step
+        )
+        # The bare model: ranks may differ in how often they call it, which DDP's hooks would not survive.
+        return sample_rollouts(
+            self.model, inputs["input_ids"], layout, args.num_generations, uniforms=uniforms, **args.sampling
+        )
+
+    def compute_rewards(self, inputs: dict[str, Any], rollouts: Rollouts) -> tuple[Gram, Rewards]:
+        """Features of rollouts and references, their inner products, and the rewards: [B, K, N] or [B, K, G, N]."""
+        args = self.args
+        assert self.feature_network is not None, "loaded whenever rollouts are sampled"
+        generated, reference = self.feature_network(inputs["input_ids"], rollouts.tokens, inputs["layout"])
+        gram = gram_matrices(generated, reference)
+        rewards = rewards_from_gram(
+            gram,
+            alignment_coef=args.alignment_coef,
+            diversity_coef=args.diversity_coef,
+            whitening=args.whitening,
+            alignment=args.alignment,
+        )
+        return gram, rewards
+
+    def compute_advantages(self, experience: Experience) -> Tensor:
+        """Advantages [B, K, N] (every token of a rollout the same) or [B, K, N, G]; the KL's k1 estimate included."""
+        args, rewards = self.args, experience.rewards
+        per_token = args.pooling == "token"
+        if per_token:
+            rewards = Rewards(*map(advantage_estimators.reward_to_go, rewards))
+        advantages = advantage_estimators.estimate(
+            args.advantage_estimator, rewards, alignment_coef=args.alignment_coef, diversity_coef=args.diversity_coef
+        )
+        advantages = advantages.mT if per_token else advantages
+        if experience.kl is not None and args.kl_estimator == "k1":
+            kl = experience.kl.to(advantages)
+            kl = advantage_estimators.rloo(kl) if args.advantage_estimator != "none" else kl
+            advantages = advantages - args.beta * (kl[..., None] if per_token else kl)
+        return advantages
+
+    def compute_policy_loss(
+        self, log_probs: Tensor, advantages: Tensor, layout: BlockLayout, totals: StepTotals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """REINFORCE on log_probs [B, K, N, G], over G * N * the step's blocks: `losses.policy_loss`."""
+        weights = self._block_weights(layout).to(log_probs.device)
+        denominator = self._policy_denominator(totals)
+        return losses.policy_loss(log_probs, advantages.to(log_probs.device), weights, denominator)
+
+    def coefficients(self) -> tuple[float, float]:
+        """`rl_coef` and `ce_coef` at the current step: warm-up of the one, decay of the other."""
+        args, step, total = self.args, self.state.global_step, max(self.state.max_steps, 1)
+        rl = losses.coefficient_at(step, total, args.rl_coef, warmup_steps=args.rl_warmup_steps)
+        return rl, losses.coefficient_at(step, total, args.ce_coef, decay=args.ce_decay)
+
+    @torch.no_grad()
+    def _collect(self, inputs: dict[str, Any], purpose: int = noise.SAMPLING) -> Experience:
+        rollouts = self.sample(inputs, purpose=purpose)
+        gram, rewards = self.compute_rewards(inputs, rollouts)
+        if self.reference_model is None:
+            return Experience(rollouts, gram, rewards)
+        with adapters_off(self.reference_model):
+            reference = block_log_probs(
+                self.reference_model, inputs["input_ids"], rollouts.tokens, inputs["layout"], **self.args.sampling
+            )
+        kl = losses.kl_estimate(rollouts.log_probs, reference, "k1")
+        return Experience(rollouts, gram, rewards, kl, reference)
+
+    def _token_weights(self, inputs: dict[str, Any]) -> Tensor:
+        documents = inputs["doc_ids"][:, 1:].cpu()
+        return losses.loss_weights(inputs["labels"][:, 1:].cpu() != -100, self.args.loss_normalization, documents)
+
+    def _block_weights(self, layout: BlockLayout) -> Tensor:
+        documents = layout.doc_ids.gather(1, layout.anchors)  # type: ignore[union-attr]
+        return losses.loss_weights(layout.valid, self.args.loss_normalization, documents)
+
+    def _policy_denominator(self, totals: StepTotals) -> float:
+        return self.args.completion_length * self.args.num_generations * totals.blocks
+
+    # --- what a step leaves behind ---
+
+    @torch.no_grad()
+    def _record(self, inputs, log_probs: LogProbs, experience: Experience | None, advantages, loss: Tensor) -> None:
+        recorder = self.recorder
+        recorder.add({"loss": loss, "short": self._documents_without_block(inputs)})
+        if experience is None:
+            recorder.keep_inputs(inputs)
+            return
+        recorder.add(experience_sums(experience, inputs["layout"]))
+        recorder.keep_inputs(
+            inputs, tokens=experience.rollouts.tokens, rewards=experience.rewards.total, advantages=advantages
+        )
+        step, every = self.state.global_step + 1, self.args.rollout_save_steps
+        if every and step % every == 0:
+            recorder.rollout_rows += rollout_rows(inputs, experience, advantages, self.processing_class, step)
+
+    def _documents_without_block(self, inputs: dict[str, Any]) -> Tensor:
+        documents = (inputs["document_ids"] >= 0).sum().cpu()
+        return documents - len(noise.documents_with_blocks(inputs["layout"]))
+
+    # --- evaluation ---
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Statistics of one evaluation batch, per row, so that Trainer's own gathering makes exact totals of them.
+
+        Returns:
+            `(loss, statistics [B, M] or (statistics, rollouts), labels)`.
+        """
+        inputs = self._prepare_inputs(inputs)
+        inputs["layout"] = layout = batch_layout(inputs, self.args, self.anchors, step=None)
+        none = layout.select(torch.zeros_like(layout.valid))
+        no_tokens = inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], no_tokens, none)
+            sums = cross_entropy_sums(document, inputs)
+            measured = layout.num_blocks and self.feature_network is not None
+            experience = self._collect(inputs, noise.EVALUATION) if measured else None
+            if experience is not None:
+                sums |= experience_sums(experience, layout)
+        statistics = evaluation_statistics(sums, EVALUATION_SUMS)
+        if self._user_metrics is None:
+            return None, statistics, inputs["labels"][:, :1]
+        references = layout.references(inputs["input_ids"])
+        rollouts = references.new_full((*references.shape[:2], self.args.num_generations, references.shape[-1]), -100)
+        if experience is not None:
+            rollouts = experience.rollouts.tokens.where(layout.valid[..., None, None].to(references.device), -100)
+        return None, (statistics, rollouts), references
+
+    def _evaluation_metrics(self, prediction) -> dict[str, float]:
+        predictions = prediction.predictions
+        statistics, *rest = predictions if isinstance(predictions, tuple) else [predictions]
+        sums = dict(zip(EVALUATION_SUMS, statistics.sum(0).tolist(), strict=True))
+        if self.reference_model is None:
+            del sums["kl"]
+        out = means(sums)
+        if "ce_loss" in out:
+            out = {"loss": out["ce_loss"]} | out
+        if self._user_metrics is not None:
+            out |= self._user_metrics(EvalPrediction(predictions=rest[0], label_ids=prediction.label_ids))
+        return out

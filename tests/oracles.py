@@ -125,7 +125,7 @@ def blocks_of(layout, batch_size: int) -> list[tuple[int, int, int, int]]:
 
 
 def block_logits(model, input_ids: Tensor, tokens: Tensor, layout) -> Tensor:
-    """The logits that predict each rollout's tokens, each from its own causal run on prefix + block: [B, K, N, G, V]."""
+    """The logits [B, K, N, G, V] that predict each rollout's tokens, each from a causal run on prefix + block."""
     B, K, N, G = tokens.shape
     runs = {}
     for b, k, start, anchor in blocks_of(layout, B):

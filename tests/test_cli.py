@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -29,7 +30,7 @@ def checkpoint(tmp_path_factory):
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     config = Qwen2Config(
-        vocab_size=258,
+        vocab_size=260,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=4,
@@ -164,7 +165,7 @@ def test_yaml_means_what_the_same_flag_means(write_yaml, monkeypatch):
         "eval_strategy: no\nreport_to: [none]\nmax_blocks: null\nlr_scheduler_kwargs: {a: 1}\npacking: true\n"
         "feature_layers: [0.5, 1]\nlora_target_modules: all-linear\nenv: {EBFT_TEST_VARIABLE: 1}\n"
     )
-    data, training, model = parse([*write_yaml(recipe), *REQUIRED])
+    data, training, model, _ = parse([*write_yaml(recipe), *REQUIRED])
     assert training.eval_strategy == "no"
     assert training.max_blocks is None
     assert training.lr_scheduler_kwargs == {"a": 1}
@@ -256,6 +257,12 @@ def test_dropped_keys_are_really_gone():
         read_flags(ArgumentParser(), ["--warmup_ratio", "0.1"])
 
 
+def test_streamed_data_need_a_number_of_updates():
+    with pytest.raises(ValueError, match="max_steps: missing"):
+        parse([*REQUIRED, "--dataset_streaming"])
+    assert parse([*REQUIRED, "--dataset_streaming", "--max_steps", "3"]).training.max_steps == 3
+
+
 def test_output_dir_is_named_after_model_and_data(tmp_path):
     data = tmp_path / "qa.jsonl"
     data.touch()
@@ -287,6 +294,23 @@ def test_lora_and_evaluation_on_held_out_documents(checkpoint, workplace, capsys
     assert status == 0, capsys.readouterr().err
     assert Path("runs/tiny-my/adapter_model.safetensors").is_file()
     assert "eval_" in Path("runs/tiny-my/metrics.jsonl").read_text()
+
+
+def test_resolved_config_repeats_the_run(checkpoint, workplace, capsys):
+    words = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--model_revision", "v1"]
+    words += ["--dataset_train_split", "train[:8]", "--feature_layers", "0.5", "4"]
+    Path("split").mkdir()
+    Path("my.jsonl").rename("split/my.jsonl")
+    words += ["--dataset_name", "split"]
+    assert main(["train", "--config", "tiny.yaml", "--model_name_or_path", str(checkpoint), *words]) == 0
+    resolved = yaml.safe_load(Path("runs/tiny-split/resolved_config.yaml").read_text())
+    assert resolved["lora_r"] == 2
+    assert "lora_alpha" not in resolved, "as by default"
+    assert main(["train", "--config", "runs/tiny-split/resolved_config.yaml", "--output_dir", "again"]) == 0
+    again = yaml.safe_load(Path("again/resolved_config.yaml").read_text())
+    assert again | {"output_dir": resolved["output_dir"]} == resolved
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert Path("again", name).read_bytes() == Path("runs/tiny-split", name).read_bytes()
 
 
 def test_two_processes(checkpoint, workplace):

@@ -101,3 +101,21 @@ def test_collate_pack_holds_each_document_once(lengths, spare, seed):
                 }
             )
     assert sorted(found, key=lambda document: document["document_id"]) == documents
+
+
+def test_without_document_masking_a_packed_row_is_one_document():
+    """The paper's own setting: documents of a row see each other, and blocks may cross their borders."""
+    row = {
+        "input_ids": [5, 6, 7, 8, 9],
+        "completion_mask": [1, 1, 1, 1, 1],
+        "loss_mask": [0, 1, 1, 0, 1],
+        "seq_lengths": [3, 2],
+        "document_ids": [4, 7],
+    }
+    alone = {"input_ids": [3, 4], "completion_mask": [1, 1], "loss_mask": [0, 1], "document_id": 2}
+    apart, together = (BlockCollator(0, document_masking=masked)([row, alone]) for masked in (True, False))
+    assert apart["doc_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
+    assert apart["document_ids"].tolist() == [[4, 7], [2, -1]]
+    assert together["doc_ids"].tolist() == [[0, 0, 0, 0, 0], [0, 0, -1, -1, -1]]
+    assert together["document_ids"].tolist() == [[4], [2]]
+    assert together["labels"].tolist() == apart["labels"].tolist()

@@ -1,8 +1,8 @@
 """Tiny models of many families, built in code with random weights."""
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import (
+    AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
@@ -18,6 +18,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -46,7 +47,9 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "mistral_window": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
     "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
-    "gpt2": lambda: GPT2Config(vocab_size=61, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=4, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
     "phi": lambda: PhiConfig(**SIZES),
     "phi3": lambda: Phi3Config(**SIZES),
     "granite": lambda: GraniteConfig(
@@ -63,7 +66,9 @@ CONFIGS = {
     ),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
     "smollm3": lambda: SmolLM3Config(**SIZES),
     "starcoder2": lambda: Starcoder2Config(**SIZES, sliding_window=None),
 }

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from ._compat import attention_of, set_attention
 from .blocks import BlockLayout
 
 # A chunk's rollouts all see each other's keys before masking, so a larger chunk wastes work and a smaller one has more
@@ -238,7 +239,7 @@ def enable_block_attention(model: PreTrainedModel) -> None:
     Raises:
         ValueError: The model's attention implementation cannot take a mask per query (FlashAttention).
     """
-    name = model.config._attn_implementation or "sdpa"
+    name = attention_of(model.config)
     if name.startswith(PREFIX):
         return
     if name not in ("sdpa", "eager"):
@@ -246,15 +247,15 @@ def enable_block_attention(model: PreTrainedModel) -> None:
             f"attn_implementation='{name}' cannot express block rollouts; load the model with "
             "attn_implementation='sdpa' (block-parallel attention is used on top of it)."
         )
-    model.config._attn_implementation = PREFIX + name
+    set_attention(model.config, PREFIX + name)
 
 
 @contextmanager
 def block_attention(model: PreTrainedModel):
     """`enable_block_attention` for the duration of a forward without gradient: leaves `model` as it was."""
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
     enable_block_attention(model)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        set_attention(model.config, before)

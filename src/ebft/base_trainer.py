@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .artifacts import RunFolder, check_output_dir, last_complete_checkpoint, settings_of, write_model_card
-from .callbacks import FeatureNetworkRecord, StepHooks, recorded_feature_network
+from .callbacks import FeatureNetworkRecord, StepEnd, recorded_feature_network
 from .config import EBFTConfig
 from .metrics import means
 from .recorder import StepRecorder
@@ -36,7 +36,7 @@ class RecordedTrainer(Trainer):
         super().__init__(**kwargs)
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
-        self.add_callback(StepHooks(self.check_step_is_finite, self.save_step_rollouts))
+        self.add_callback(StepEnd(self.save_step_rollouts))
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
@@ -78,9 +78,9 @@ class RecordedTrainer(Trainer):
             )
         return step
 
-    def begin_step(self) -> None:
-        """A new optimiser step begins: forget the last one, start its clock."""
-        self._step_started = time.perf_counter()
+    def begin_step(self, started: float) -> None:
+        """A new optimiser step began at `started` (of `time.perf_counter`): forget the last one."""
+        self._step_started = started
         self.recorder.reset()
 
     def count_tokens(self, count: int) -> None:
@@ -121,6 +121,14 @@ class RecordedTrainer(Trainer):
             rows = self.recorder.rollout_rows
             rows = gather_object(rows) if self.accelerator.num_processes > 1 else rows
             self.run_folder.save_rollouts(rows, step)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """One micro-batch forward and backward; after the step's last one, the check that all of it is finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            # Before clipping, which makes a gradient of infinite norm one of zeros.
+            self.check_step_is_finite()
+        return loss
 
     def check_step_is_finite(self) -> None:
         """Stop the run before the optimiser's step if loss or gradient is not finite on any rank.

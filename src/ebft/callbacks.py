@@ -9,20 +9,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
-class StepHooks(TrainerCallback):
-    """Two moments of a step.
+class StepEnd(TrainerCallback):
+    """Runs `finish` after each optimiser step, before it is logged and saved."""
 
-    `check` runs between the backward and the optimiser's step, where a broken step can still be stopped; `finish`
-    after the step, before it is logged and saved.
-    """
-
-    def __init__(self, check: Callable[[], None], finish: Callable[[], None]):
-        self.check = check
+    def __init__(self, finish: Callable[[], None]):
         self.finish = finish
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Called by the Trainer after gradient clipping."""
-        self.check()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the Trainer when a step's number has been counted."""

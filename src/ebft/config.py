@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from ._compat import DICT_FIELDS
+
 ANCHORS = ("completion", "all")
 POOLINGS = ("last_token", "mean_pooling", "concat", "token")
 FEATURE_NORMS = ("joint", "per_layer", "none")
@@ -32,7 +34,7 @@ class EBFTConfig(TrainingArguments):
         ValueError: A value is out of range or contradicts another; the message names the field and the remedy.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*DICT_FIELDS, "model_init_kwargs"]
 
     # --- transformers' settings with defaults of our own ---
     learning_rate: float | None = _setting(None, "Peak learning rate. Default: 1e-6, or 1e-5 with LoRA.")  # type: ignore
@@ -84,7 +86,10 @@ class EBFTConfig(TrainingArguments):
     random_anchor_offset: bool = _setting(False, "Shift the first anchor by a random 0..stride-1 at each visit.")
 
     # --- data ---
-    packing: bool = _setting(False, "Pack documents into rows of max_length; they do not see each other.")
+    packing: bool = _setting(False, "Pack whole documents into rows of max_length.")
+    document_masking: bool = _setting(
+        True, "Documents of a packed row do not see each other, and no block crosses their borders."
+    )
     completion_only_loss: bool | None = _setting(
         None, "Cross-entropy on completions only. Default: where there is a prompt. As in TRL."
     )
@@ -122,6 +127,9 @@ class EBFTConfig(TrainingArguments):
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
         super().__post_init__()
         self.learning_rate = None if default_rate else self.learning_rate  # the trainer knows whether there is LoRA
+        if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+            # Rank 0 could only hand out batches of one length: let every rank read a stream and take its share.
+            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
@@ -196,6 +204,18 @@ class EBFTConfig(TrainingArguments):
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
                 "parallelism_config: context parallelism would cut documents apart; set cp_size and sp_size to 1."
+            )
+
+    def check_one_device(self) -> None:
+        """Refuse several GPUs in one process, which transformers would put under nn.DataParallel.
+
+        Raises:
+            ValueError: There is more than one.
+        """
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process would use nn.DataParallel, which cannot be right here: start with "
+                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
 
     @property

@@ -5,7 +5,6 @@ head. The reference block's features are read from the document's own tokens in 
 Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features, L layers.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ._compat import with_child
 from .attention import BlockPlan, block_attention
 from .blocks import BlockLayout
 from .forward import at_least_float32, causal_lm, decode, evaluation_mode
@@ -147,10 +147,7 @@ def layer_indices(layers: Sequence[float | int], num_layers: int) -> list[int]:
 def decoder_up_to(decoder: nn.Module, top: int) -> nn.Module:
     """A view of `decoder` that stops after its first `top` layers; shares all weights, leaves `decoder` as it is."""
     name, layers = layer_list(decoder)
-    view = copy.copy(decoder)
-    view._modules = dict(decoder._modules)
-    view._modules[name] = nn.ModuleList(list(layers)[:top])
-    return view
+    return with_child(decoder, name, nn.ModuleList(list(layers)[:top]))
 
 
 def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:

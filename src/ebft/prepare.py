@@ -36,6 +36,10 @@ def prepare_datasets(
         anchors = "completion" if prompts else "all"
 
     def prepare(dataset, label: str):
+        with args.main_process_first(desc=f"tokenising {label}"):  # the other ranks read its cache
+            return prepare_here(dataset, label)
+
+    def prepare_here(dataset, label: str):
         documents = tokenize_documents(
             dataset,
             processing_class,
@@ -66,7 +70,7 @@ def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str
         count += 1
     prefix = "prompt" if anchors == "completion" else "prefix"
     raise ValueError(
-        f"{label}: all {count} documents are too short for a block of completion_length={args.completion_length} behind "
-        f"a {prefix} of at least context_length={args.context_length} tokens: use longer documents, lower one of the "
-        "two, or set rl_coef: 0 for plain cross-entropy."
+        f"{label}: all {count} documents are too short for a block of completion_length={args.completion_length} "
+        f"behind a {prefix} of at least context_length={args.context_length} tokens: use longer documents, lower one "
+        "of the two, or set rl_coef: 0 for plain cross-entropy."
     )

@@ -38,7 +38,7 @@ class StepRecorder:
         """Write the step's micro-batches of this rank as safetensors, keys `<micro-batch>.<name>`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{i}.{name}": value.contiguous().cpu()
+            f"{i}.{name}": value.contiguous().cpu().clone()  # safetensors refuses tensors that share memory
             for i, batch in enumerate(self.micro_batches)
             for name, value in batch.items()
         }

@@ -117,7 +117,10 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: tuple[float, int,
             tokens = logits.argmax(-1, keepdim=True).expand_as(noise)
         else:
             cumulative = probs.cumsum(-1)
-            tokens = torch.searchsorted(cumulative, noise.to(cumulative) * cumulative[:, -1:], right=True)
+            total = cumulative[:, -1:]
+            # Rounded up to the total, a number just below 1 would draw the last token, however unlikely that one is.
+            below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
+            tokens = torch.searchsorted(cumulative, below, right=True)
             tokens = tokens.clamp(max=logits.shape[-1] - 1)
         entropy = torch.special.entr(probs).sum(-1, keepdim=True).expand_as(noise)
         parts.append((tokens, log_probs.gather(-1, tokens), entropy))

@@ -4,16 +4,20 @@ A step: documents -> blocks -> rollouts -> features -> rewards -> advantages -> 
 cross-entropy. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features.
 """
 
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import EvalPrediction
 
 from . import advantages as advantage_estimators
 from . import losses, models, noise
+from ._compat import loss_is_whole_steps
+from .artifacts import check_output_dir
 from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
 from .config import EBFTConfig
@@ -26,6 +30,7 @@ from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics,
 from .prepare import prepare_datasets
 from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
 from .rollout import Rollouts, sample_rollouts
+from .support import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,32 +91,35 @@ class EBFTTrainer(RecordedTrainer):
         formatting_func: Callable | None = None,
     ):
         args = EBFTConfig("ebft_output") if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would use nn.DataParallel, which cannot be right here: start with "
-                "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
-        base_name = model if isinstance(model, str) else models.causal_lm(model).config._name_or_path
+        args.check_one_device()
+        check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
+        config = models.check_named_policy(model, args) if isinstance(model, str) else models.causal_lm(model).config
+        base_name = config.name_or_path
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(base_name)
+            processing_class = models.load_tokenizer(str(base_name))
+        check_tokenizer(processing_class, config)
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )
         policy = models.load_policy(model, args, peft_config, quantization_config)
         if args.learning_rate is None:
-            args.learning_rate = 1e-5 if hasattr(policy, "peft_config") else 1e-6
+            args.learning_rate = models.default_learning_rate(policy)
         needs_features = args.rl_coef > 0 or eval_dataset is not None
         feature_model = feature_model or args.feature_model_name_or_path
         self.feature_network = (
             models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
         )
-        self.reference_model = models.load_reference(policy) if args.beta and args.rl_coef else None
+        self.reference_model = (
+            models.load_reference(policy, args, new_adapter=peft_config is not None)
+            if args.beta and args.rl_coef
+            else None
+        )
         self._user_metrics = compute_metrics
         super().__init__(
             base_name=base_name,
             model=policy,
             args=args,
-            data_collator=data_collator or BlockCollator(padding_id(processing_class)),
+            data_collator=data_collator or BlockCollator(padding_id(processing_class), args.document_masking),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -119,9 +127,7 @@ class EBFTTrainer(RecordedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # Our loss is divided by the whole step's denominators. (Two names: before and after transformers 5.19.)
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
+        loss_is_whole_steps(self)
         self.can_return_loss = True
         self._place_frozen_networks()
 
@@ -141,8 +147,17 @@ class EBFTTrainer(RecordedTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
         """Fetch a step's micro-batches, lay out their blocks, and count the step's denominators over all ranks."""
-        self.begin_step()
+        started = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:
+            # The end of a stream. A step that is not whole would leave its gradient to the next one.
+            if not self.state.global_step:
+                raise ValueError(
+                    f"train_dataset ended after {len(batches)} of the {num_batches} micro-batches of one step: lower "
+                    "gradient_accumulation_steps or per_device_train_batch_size, or give more documents."
+                )
+            return [], None
+        self.begin_step(started)
         tokens = blocks = count = 0.0
         for batch in batches:
             batch["layout"] = batch_layout(batch, self.args, self.anchors, self.state.global_step)
@@ -239,7 +254,7 @@ class EBFTTrainer(RecordedTrainer):
     def compute_advantages(self, experience: Experience) -> Tensor:
         """Advantages [B, K, N] (every token of a rollout the same) or [B, K, N, G]; the KL's k1 estimate included."""
         args, rewards = self.args, experience.rewards
-        per_token = args.pooling == "token"
+        per_token = self.feature_network is not None and self.feature_network.pooling == "token"
         if per_token:
             rewards = Rewards(*map(advantage_estimators.reward_to_go, rewards))
         advantages = advantage_estimators.estimate(
@@ -272,7 +287,7 @@ class EBFTTrainer(RecordedTrainer):
         gram, rewards = self.compute_rewards(inputs, rollouts)
         if self.reference_model is None:
             return Experience(rollouts, gram, rewards)
-        with adapters_off(self.reference_model):
+        with adapters_off(self.model) if self.reference_model is self.model else nullcontext():
             reference = block_log_probs(
                 self.reference_model, inputs["input_ids"], rollouts.tokens, inputs["layout"], **self.args.sampling
             )

@@ -12,6 +12,7 @@ import ebft
 # Verb -> what it does. Its module is `ebft.cli.<verb>` and has HELP (shown without importing torch) and run(argv).
 VERBS = {
     "train": "fine-tune a model on your documents",
+    "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }
 

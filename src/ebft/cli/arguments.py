@@ -1,4 +1,4 @@
-"""The options of `ebft train`: flat YAML and flags into dataclasses, with a clear line for every wrong one."""
+"""The options of the verbs: flat YAML and flags into dataclasses, with a clear line for every wrong one."""
 
 import argparse
 import difflib
@@ -93,20 +93,35 @@ class ModelArguments(ModelConfig):
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; anything but 0 is set to 0."})
 
 
+@dataclass
+class PlanArguments:
+    """What only `ebft plan` takes."""
+
+    json: bool = field(default=False, metadata={"help": "Print JSON, with bytes where the tables have GiB."})
+    flops: float | None = field(
+        default=None, metadata={"help": "Matrix rate of one device in FLOP/s (4e14, say), to estimate time with."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.flops is not None and self.flops <= 0:
+            raise ValueError(f"flops: got {self.flops}; give the matrix rate of one device in FLOP/s, such as 4e14")
+
+
 class Arguments(NamedTuple):
     """The parsed options of one run."""
 
     data: DataArguments
     training: EBFTConfig
     model: ModelArguments
+    plan: PlanArguments | None = None
 
 
 class ArgumentParser(TrlParser):
     """TrlParser that raises ValueError for a bad flag where argparse would print two hundred lines of usage."""
 
-    def __init__(self) -> None:
-        groups: list[Any] = [DataArguments, EBFTConfig, ModelArguments]
-        super().__init__(groups, prog="ebft train", allow_abbrev=False)
+    def __init__(self, verb: str = "train") -> None:
+        groups: list[Any] = [DataArguments, EBFTConfig, ModelArguments, *([PlanArguments] if verb == "plan" else [])]
+        super().__init__(groups, prog=f"ebft {verb}", allow_abbrev=False)
         self.add_argument("--config", help="YAML file with any of these options; flags override it")
 
     def error(self, message: str) -> NoReturn:
@@ -140,11 +155,12 @@ def read_flags(parser: ArgumentParser, argv: list[str]) -> argparse.Namespace:
     return namespace
 
 
-def parse(argv: list[str]) -> Arguments:
+def parse(argv: list[str], verb: str = "train") -> Arguments:
     """Parse the options of a run; see `read_flags` for what is checked first.
 
     Args:
         argv: The words after the verb.
+        verb: `train`, or `plan`, which has options of its own and does without data.
 
     Returns:
         The data, training and model options, each validated by its own class.
@@ -153,19 +169,23 @@ def parse(argv: list[str]) -> Arguments:
         ValueError: An option is unknown, missing, or has a wrong value.
         OSError: The YAML file cannot be read.
     """
-    parser = ArgumentParser()
+    parser = ArgumentParser(verb)
     namespace = read_flags(parser, argv)
     for name in ("model_name_or_path", "dataset_name"):
-        if not getattr(namespace, name):
+        if not getattr(namespace, name) and (verb, name) != ("plan", "dataset_name"):
             raise ValueError(f"{name}: missing; give `--{name} ...` or set it in the YAML file")
+    if namespace.dataset_streaming and namespace.max_steps <= 0:
+        raise ValueError("max_steps: missing; a streamed dataset has no length that would give the number of updates")
     if namespace.output_dir is None:
         parser.set_defaults(output_dir=default_output_dir(namespace.model_name_or_path, namespace.dataset_name))
-    data, training, model, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return Arguments(data, training, model)
+    *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return Arguments(*groups)
 
 
 def default_output_dir(model: str, dataset: str) -> str:
     """Name the output folder after model and data: `Qwen/Qwen2.5-0.5B` and `qa.jsonl` give runs/Qwen2.5-0.5B-qa."""
+    if not dataset:
+        return str(Path("runs") / Path(model).resolve().name)
     data_path = Path(dataset)
     data_name = data_path.resolve().stem if data_path.exists() else data_path.name
     return str(Path("runs") / f"{Path(model).resolve().name}-{data_name}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebft.cli.arguments import Arguments, DataArguments
@@ -62,7 +63,7 @@ def run(argv: list[str]) -> None:
     if num_processes > 1 and "LOCAL_RANK" not in os.environ:
         _launch(num_processes, argv)
     arguments = parse(argv)
-    checkpoint = _checkpoint(arguments.training)
+    checkpoint = find_checkpoint(arguments.training)
     trainer = build_trainer(arguments)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -83,19 +84,11 @@ def build_trainer(arguments: Arguments) -> EBFTTrainer:
 
     from ebft.trainer import EBFTTrainer
 
-    data, training, model = arguments
-    # TRL's model options that are arguments of from_pretrained; model_init_kwargs has the last word.
-    options = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-    }
-    extra = training.model_init_kwargs or {}
-    if isinstance(extra, str):
-        raise ValueError(f"model_init_kwargs: got {extra!r}; write `{{name: value}}`")
-    training.model_init_kwargs = {name: value for name, value in options.items() if value is not None} | extra
+    data, training, model, _ = arguments
+    description, given = describe(arguments), training.model_init_kwargs
+    training.model_init_kwargs = from_pretrained_options(arguments)
     train_dataset, eval_dataset = load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
-    return EBFTTrainer(
+    trainer = EBFTTrainer(
         model=str(model.model_name_or_path),
         args=training,
         train_dataset=train_dataset,
@@ -103,6 +96,31 @@ def build_trainer(arguments: Arguments) -> EBFTTrainer:
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    # resolved_config.yaml repeats the options as they were given, so that a flag can still override each of them.
+    trainer.run_description, training.model_init_kwargs = description, given
+    return trainer
+
+
+def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
+    """TRL's model options that are arguments of from_pretrained; model_init_kwargs has the last word."""
+    extra, model = arguments.training.model_init_kwargs or {}, arguments.model
+    if isinstance(extra, str):
+        raise ValueError(f"model_init_kwargs: got {extra!r}; write `{{name: value}}`")
+    options = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+    }
+    return {name: value for name, value in options.items() if value is not None} | extra
+
+
+def describe(arguments: Arguments) -> dict[str, Any]:
+    """The data and model options that differ from their defaults, for resolved_config.yaml."""
+    groups = (arguments.model, arguments.data)
+    values = {
+        spec.name: (getattr(group, spec.name), spec.default) for group in groups for spec in dataclasses.fields(group)
+    }
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def load_datasets(data: DataArguments, evaluate: bool, seed: int):
@@ -146,8 +164,18 @@ def load_datasets(data: DataArguments, evaluate: bool, seed: int):
     return train, load_documents(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config)
 
 
-def _checkpoint(training: EBFTConfig) -> str | None:
-    """Find the checkpoint that `resume_from_checkpoint` means: a folder, or `last` (also `true`) for the newest."""
+def find_checkpoint(training: EBFTConfig) -> str | None:
+    """Find the checkpoint that `resume_from_checkpoint` means: a folder, or `last` (also `true`) for the newest.
+
+    Args:
+        training: The parsed settings.
+
+    Returns:
+        Its folder, or None for a new run.
+
+    Raises:
+        ValueError: There is no such checkpoint, or a new run would mix with one in `output_dir`.
+    """
     from ebft.artifacts import check_output_dir, last_complete_checkpoint
 
     wanted, output_dir = training.resume_from_checkpoint, str(training.output_dir)

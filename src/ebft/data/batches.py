@@ -82,12 +82,17 @@ class BlockCollator:
 
     Attributes:
         pad_token_id: What `input_ids` is padded with (`padding_id`).
+        document_masking: Keep the documents of a packed row apart; else a row counts as one document, as in the
+            paper's own runs.
     """
 
     pad_token_id: int
+    document_masking: bool = True
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate rows, see the class."""
+        if not self.document_masking:
+            rows = [_as_one_document(row) if "document_ids" in row else row for row in rows]
         lengths = [torch.as_tensor(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows]
         doc_ids = _pad([torch.arange(len(n)).repeat_interleave(n) for n in lengths], _NO_DOCUMENT)
         input_ids = _pad([row["input_ids"] for row in rows], self.pad_token_id)
@@ -102,6 +107,11 @@ class BlockCollator:
             "completion_mask": _pad([row["completion_mask"] for row in rows], 0).bool(),
             "document_ids": _pad([row.get("document_ids", [row.get("document_id")]) for row in rows], _NO_DOCUMENT),
         }
+
+
+def _as_one_document(row: dict[str, Any]) -> dict[str, Any]:
+    """A packed row whose documents see each other, known by its first."""
+    return {**row, "seq_lengths": [len(row["input_ids"])], "document_ids": row["document_ids"][:1]}
 
 
 def _pad(rows: list[Any], value: int) -> Tensor:

@@ -1,0 +1,285 @@
+"""`ebft plan`: the options of a run in, its cost out; reads no weights, needs no GPU, fails where training would."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ebft.cli.arguments import Arguments
+    from ebft.config import EBFTConfig
+    from ebft.features import FeatureNetwork
+    from ebft.planning import Documents
+
+HELP = """\
+usage: ebft plan --model_name_or_path MODEL [--dataset_name DATA] [--option value ...] [--json] [--flops RATE]
+       ebft plan --config FILE.yaml [--option value ...] [--json] [--flops RATE]
+
+Says what `ebft train` with the same options would do: settings, documents and blocks, updates, work per update beside
+that of SFT, parameters, memory, time. It reads the model's configuration, its tokenizer and the data, but no weights,
+and it refuses what training would refuse. Without --dataset_name it plans for documents of --max_length tokens.
+
+examples:
+  ebft plan --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
+  ebft plan --config recipe.yaml --per_device_train_batch_size 8 --gradient_checkpointing
+  ebft plan --config recipe.yaml --flops 4e14 --json > plan.json
+  ebft plan --config recipe.yaml --bf16 true --use_cpu   for a GPU with bfloat16, on a machine without one
+
+  --json        print JSON instead of tables, with bytes in place of GiB
+  --flops RATE  matrix rate of one device in FLOP/s, for the time: measured is better than the data sheet's
+  ebft train --help-all lists all other options
+"""
+
+GIB = 2**30
+SETTINGS = (
+    *("max_length", "context_length", "stride", "completion_length", "num_generations", "max_blocks"),
+    *("packing", "document_masking", "temperature", "top_p", "top_k"),
+    *("pooling", "feature_norm", "whitening", "advantage_estimator"),
+    *("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef", "learning_rate", "lr_scheduler_type"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16", "seed"),
+    *("gradient_checkpointing", "output_dir"),
+)
+
+
+def run(argv: list[str]) -> None:
+    """Print the plan; see HELP.
+
+    Args:
+        argv: The words after `ebft plan`.
+
+    Raises:
+        ValueError: Training would refuse the options, the data or the model.
+        OSError: A file or a model's configuration cannot be read.
+    """
+    from ebft.cli.arguments import parse
+
+    arguments = parse(argv, "plan")
+    plan = make_plan(arguments)
+    if arguments.plan is not None and arguments.plan.json:
+        print(json.dumps(plan, indent=2))
+    else:
+        _print_tables(plan)
+
+
+def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
+    """Go through what training does before its first update, without weights, and add up the costs.
+
+    Args:
+        arguments: The parsed options.
+
+    Returns:
+        One mapping of names to JSON values per section; bytes, seconds, floating-point operations.
+    """
+    import torch
+    from transformers import SchedulerType
+    from trl import get_peft_config, get_quantization_config
+
+    from ebft import models
+    from ebft.cli.train import find_checkpoint, from_pretrained_options
+
+    data, args, model, _ = arguments
+    name = str(model.model_name_or_path)
+    find_checkpoint(args)
+    if data.num_processes == 1:
+        args.check_one_device()
+    args.model_init_kwargs = from_pretrained_options(arguments)
+    tokenizer = models.load_tokenizer(name)
+    documents, anchors, evaluates = _documents(arguments, tokenizer)
+    with torch.device("meta"):
+        adapter = get_peft_config(model)
+        policy = models.load_policy(name, args, adapter, get_quantization_config(model))
+        network = None
+        if args.rl_coef or evaluates:
+            source = args.feature_model_name_or_path
+            network = models.load_feature_network(policy, args, source, tokenizer)
+        needed = args.beta and args.rl_coef
+        reference = models.load_reference(policy, args, new_adapter=adapter is not None) if needed else None
+    args.learning_rate = args.learning_rate or models.default_learning_rate(policy)
+
+    settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes, "anchors": anchors}
+    settings |= {field: getattr(args, field) for field in SETTINGS}
+    settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
+    costs = _costs(arguments, documents, policy, network, reference)
+    return {"settings": settings, "model": _model(policy, network, args)} | costs
+
+
+def _documents(arguments: Arguments, tokenizer) -> tuple[Documents, str, bool]:
+    """The documents' sizes, where blocks go, and whether there is evaluation."""
+    from ebft.cli.train import load_datasets
+    from ebft.planning import Documents
+    from ebft.prepare import prepare_datasets
+    from ebft.sizes import survey
+
+    data, args = arguments.data, arguments.training
+    train, evaluation, anchors = None, None, args.anchors or "all"
+    if data.dataset_name:
+        datasets = load_datasets(data, evaluate=args.eval_strategy != "no", seed=args.seed)
+        train, evaluation, anchors = prepare_datasets(*datasets, tokenizer, args, None)
+    if train is not None and hasattr(train, "__len__"):
+        return survey(train, args, anchors), anchors, evaluation is not None
+    sizes = (args.max_length, args.stride, args.context_length, args.completion_length)
+    documents = Documents.of_length(*sizes, args.max_blocks if args.rl_coef else 0)
+    return documents, anchors, evaluation is not None
+
+
+def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) -> dict[str, Any]:
+    """The model, how it attends, and its feature network."""
+    from ebft._compat import attention_of
+    from ebft.forward import causal_lm
+
+    config = causal_lm(policy).config
+    section: dict[str, Any] = {
+        "type": config.model_type,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "trained parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+        "attention": f"block-parallel on {attention_of(config).removeprefix('ebft_')}",
+    }
+    if network is None:
+        return section | {"feature network": None}
+    source = args.feature_model_name_or_path or "the base model"
+    shared = ", adapters off: no copy" if network.model is policy else ""
+    size = network.decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+    if network.reduction == "concat":
+        size *= len(network.layer_indices)
+    if network.pooling == "concat":
+        size *= args.completion_length
+    return section | {
+        "feature network": source + shared,
+        "feature layers": network.layer_indices,
+        "of so many layers": _depth(network),
+        "feature size": size,
+    }
+
+
+def _costs(
+    arguments: Arguments,
+    documents: Documents,
+    policy: nn.Module,
+    network: FeatureNetwork | None,
+    reference: nn.Module | None,
+) -> dict[str, Any]:
+    """The sections that are arithmetic."""
+    from ebft import planning, sizes
+    from ebft.attention import KEYS_PER_CHUNK
+    from ebft.forward import causal_lm
+    from ebft.logprobs import LOGITS_PER_CHUNK
+
+    data, args, model, _ = arguments
+    batch, processes, accumulation = (
+        args.per_device_train_batch_size,
+        data.num_processes,
+        args.gradient_accumulation_steps,
+    )
+    per_epoch, in_all = planning.optimiser_steps(
+        documents.rows, batch, processes, accumulation, args.num_train_epochs, args.max_steps
+    )
+    count, work = documents.step(batch * processes * accumulation)
+    decoder = causal_lm(policy).base_model
+    shape = sizes.network_shape(decoder)
+    feature = None if network is None else sizes.network_shape(network.decoder)
+    method = planning.Method(
+        rollouts=args.num_generations,
+        completion_length=args.completion_length,
+        reference=reference is not None,
+        feature_depth=0 if network is None else max(network.layer_indices) / _depth(network),
+        trained=sizes.trained_share(decoder),
+    )
+    checkpointing = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
+    quantised = 0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None
+    memory = planning.memory(
+        sizes.weights_held(policy, network, reference, quantised),
+        documents.largest_row,
+        batch,
+        method,
+        shape,
+        bf16=bool(args.bf16),
+        checkpointing=checkpointing,
+        processes=processes,
+        logits_per_chunk=LOGITS_PER_CHUNK,
+        keys_per_chunk=KEYS_PER_CHUNK,
+    )
+    rollouts = work.blocks * args.num_generations
+    return {
+        "data": _data(documents) | {"updates per epoch": per_epoch, "updates": in_all},
+        "update": {
+            "documents": count,
+            "document tokens": work.tokens,
+            "blocks": work.blocks,
+            "rollouts": rollouts,
+            "generated tokens": rollouts * args.completion_length,
+        },
+        "token-forwards": {
+            "without checkpointing": planning.token_forwards(work, method, checkpointing=False),
+            "with checkpointing": planning.token_forwards(work, method, checkpointing=True),
+        },
+        "memory": memory,
+        "time": _time(arguments, planning.operations(work, method, shape, feature, checkpointing), in_all),
+    }
+
+
+def _depth(network: FeatureNetwork) -> int:
+    """Layers of the whole model that the feature network is cut from."""
+    return network.decoder.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+
+
+def _data(documents: Documents) -> dict[str, Any]:
+    if documents.rows is None:
+        return {"documents": None, "note": "not counted (no dataset_name, or a stream): planned for max_length tokens"}
+    tokens, blocks = ([size[i] for size in documents.sizes] for i in (0, 1))
+    return {
+        "rows": documents.rows,
+        "documents": len(tokens),
+        "documents without a block": blocks.count(0),
+        "tokens per document": {"min": min(tokens), "mean": sum(tokens) / len(tokens), "max": max(tokens)},
+        "blocks per document": {"min": min(blocks), "mean": sum(blocks) / len(blocks), "max": max(blocks)},
+    }
+
+
+def _time(arguments: Arguments, operations: dict[str, float], updates: int | None) -> dict[str, Any]:
+    """Matrix products alone, at the given rate: what the machine adds to that is not known here."""
+    rate = None if arguments.plan is None else arguments.plan.flops
+    section: dict[str, Any] = {"operations per update": operations | {"total": sum(operations.values())}}
+    if rate is None:
+        return section | {"seconds per update": None, "note": "unknown: give --flops"}
+    processes = arguments.data.num_processes
+    seconds = {stage: count / (rate * processes) for stage, count in section["operations per update"].items()}
+    return section | {
+        "seconds per update": seconds,
+        "seconds in all": None if updates is None else seconds["total"] * updates,
+        "note": f"assumed: matrix products at {rate:.3g} FLOP/s on each of {processes} device(s), and nothing else",
+    }
+
+
+def _print_tables(plan: dict[str, dict[str, Any]]) -> None:
+    """The plan as tables: a section's single values in one, its mappings as the columns of another."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, section in plan.items():
+        text = _gib if title == "memory" else _text
+        columns = {name: value for name, value in section.items() if isinstance(value, dict)}
+        table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+        for name in (name for name in section if name not in columns):
+            table.add_row(name, text(section[name]))
+        if table.row_count:
+            console.print(table)
+        if columns:
+            table = Table("", *columns, title=title, title_justify="left", min_width=60)
+            for name in next(iter(columns.values())):
+                table.add_row(name, *(text(column[name]) for column in columns.values()))
+            console.print(table)
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.3f} GiB"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -1,0 +1,111 @@
+"""What `planning` has to know of datasets and models, read off them; models may be on the meta device."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from .config import EBFTConfig
+from .data import BlockCollator
+from .features import FeatureNetwork, layer_list
+from .layouts import batch_layout
+from .planning import Documents, Network, Weights, Work, limited
+
+DOCUMENTS_AT_A_TIME = 64
+
+
+def survey(rows, args: EBFTConfig, anchors: str) -> Documents:
+    """Lay out the blocks of every document of a tokenised dataset, packed or not, and count.
+
+    Args:
+        rows: Of `prepare_datasets`.
+        args: Sizes of blocks.
+        anchors: `completion` or `all`.
+
+    Returns:
+        Sizes without blocks if rl_coef is 0.
+    """
+    collate, sizes, largest = BlockCollator(0, args.document_masking), [], Work(0, 0, 0, 0)
+    starts = range(0, len(rows), DOCUMENTS_AT_A_TIME)
+    for start in track(starts, "Counting blocks", console=Console(file=sys.stderr), transient=True):
+        batch = collate([rows[i] for i in range(start, min(start + DOCUMENTS_AT_A_TIME, len(rows)))])
+        layout = batch_layout(batch, args, anchors, step=None)
+        counted = layout.valid.long()
+        document = layout.doc_ids.gather(1, layout.anchors).clamp(min=0)  # type: ignore[union-attr]
+        inside = batch["doc_ids"] >= 0
+        zeros = torch.zeros_like(batch["document_ids"])
+        columns = (
+            zeros.scatter_add(1, batch["doc_ids"].clamp(min=0), inside.long()),
+            zeros.scatter_add(1, document, counted),
+            zeros.scatter_add(1, document, counted * (layout.anchors - layout.prefix_starts)),
+        )
+        for row in torch.stack(columns, dim=-1).tolist():
+            found = [Work(P, K, prefixes, P * (P + 1) / 2) for P, K, prefixes in row if P]
+            found = [limited(size, args.max_blocks if args.rl_coef else 0) for size in found]
+            largest = Work(*map(max, largest, map(sum, zip(*found, strict=True))))
+            sizes += found
+    return Documents(sizes, len(rows), largest)
+
+
+def network_shape(decoder: nn.Module) -> Network:
+    """The sizes of a decoder, or of one cut off at its top tap."""
+    config: Any = decoder.config.get_text_config()  # type: ignore[union-attr]
+    layers = layer_list(decoder)[1]
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    used = getattr(config, "num_experts_per_tok", None) or 1
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
+    matrices = sum(_used_weights(p, used) for p in layers.parameters())
+    return Network(
+        layers=len(layers),
+        hidden=hidden,
+        queries=heads * head_size,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+        inner=inner * used,
+        vocabulary=config.vocab_size,
+        matrices=matrices,
+    )
+
+
+def _used_weights(parameter: nn.Parameter, experts_per_token: int) -> float:
+    """Weights that one token is multiplied with; a stack of experts [E, ., .] is used in part, a vector is none."""
+    if parameter.ndim < 2:
+        return 0
+    return parameter.numel() * (experts_per_token / len(parameter) if parameter.ndim == 3 else 1)
+
+
+def trained_share(decoder: nn.Module) -> float:
+    """Share of the layers' weights that need a gradient."""
+    parameters = list(layer_list(decoder)[1].parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
+
+
+def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: nn.Module | None, frozen: float | None):
+    """Bytes of the models; of the feature network and the reference only what they do not share with the policy.
+
+    Args:
+        policy: The model to train.
+        network: The feature network, or None.
+        reference: The initial policy, or None.
+        frozen: Bytes per frozen weight of the policy, where it is quantised; else None.
+
+    Returns:
+        What `planning.memory` takes.
+    """
+    parameters = list(policy.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    held = _bytes(trained) + sum(p.numel() * (frozen or p.element_size()) for p in parameters if not p.requires_grad)
+    return Weights(
+        policy=held,
+        trained=sum(p.numel() for p in trained),
+        feature=0 if network is None or network.model is policy else _bytes(network.decoder.parameters()),
+        reference=0 if reference is None or reference is policy else _bytes(reference.parameters()),
+    )
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

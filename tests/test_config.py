@@ -1,0 +1,185 @@
+"""EBFTConfig: defaults, what is refused and with which words, how layers and devices are read."""
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.parallelism_config import TorchContextParallelConfig
+from trl import TrlParser
+
+from ebft import EBFTConfig
+
+
+def make(**settings) -> EBFTConfig:
+    return EBFTConfig(output_dir="unused", **(dict(use_cpu=True) | settings))
+
+
+# The published settings, method section 3 to 5, and what the library fixes for every run.
+DEFAULTS = dict(
+    max_length=1024,
+    stride=8,
+    context_length=8,
+    completion_length=8,
+    num_generations=4,
+    temperature=0.6,
+    top_p=1.0,
+    top_k=0,
+    anchors=None,
+    max_blocks=None,
+    random_anchor_offset=False,
+    packing=False,
+    document_masking=True,
+    feature_layers=[0.25, 0.5, 0.75],
+    feature_reduction="concat",
+    feature_norm="joint",
+    pooling="last_token",
+    whitening="paper",
+    alignment=None,
+    alignment_coef=1.0,
+    diversity_coef=1.0,
+    rl_coef=1.0,
+    ce_coef=0.03,
+    beta=0.0,
+    advantage_estimator="leave_one_out",
+    loss_normalization="token",
+    completion_only_loss=None,
+    assistant_only_loss=False,
+    learning_rate=None,  # 1e-6, or 1e-5 with LoRA: the trainer knows
+    lr_scheduler_type="constant_with_warmup",
+    warmup_steps=0.03,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    logging_nan_inf_filter=False,
+    remove_unused_columns=False,
+    disable_tqdm=False,
+    bf16=False,  # without a GPU
+)
+
+REFUSED = {
+    "stride": (dict(stride=0), "stride=0 must be at least 1"),
+    "context_length": (dict(context_length=0), "context_length=0 must be at least 1"),
+    "completion_length": (dict(completion_length=-1), "completion_length=-1 must be at least 1"),
+    "num_generations": (dict(num_generations=0), "num_generations=0 must be at least 1"),
+    "rl_coef": (dict(rl_coef=-1.0), "rl_coef=-1.0 must not be negative"),
+    "ce_coef": (dict(ce_coef=-0.1), "ce_coef=-0.1 must not be negative"),
+    "beta": (dict(beta=-1.0), "beta=-1.0 must not be negative"),
+    "alignment_coef": (dict(alignment_coef=-1.0), "alignment_coef=-1.0 must not be negative"),
+    "diversity_coef": (dict(diversity_coef=-1.0), "diversity_coef=-1.0 must not be negative"),
+    "rl_warmup_steps": (dict(rl_warmup_steps=-1), "rl_warmup_steps=-1 must not be negative"),
+    "top_k": (dict(top_k=-1), "top_k=-1 must not be negative"),
+    "rollout_save_steps": (dict(rollout_save_steps=-1), "rollout_save_steps=-1 must not be negative"),
+    "temperature": (dict(temperature=0.0), "temperature=0.0 must be positive: training needs sampled rollouts"),
+    "top_p": (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\]; 1 keeps all"),
+    "top_p above 1": (dict(top_p=1.1), "top_p=1.1 must be in"),
+    "max_blocks": (dict(max_blocks=0), "max_blocks=0 must be at least 1, or unset"),
+    "too long": (
+        dict(max_length=32, context_length=8, completion_length=25),
+        "completion_length=25 .* context_length=8 in max_length=32: shorten one of the two or raise max_length",
+    ),
+    "nothing": (dict(rl_coef=0.0, ce_coef=0.0), "rl_coef=0 and ce_coef=0 leave nothing to train on: set one"),
+    "no pairs": (
+        dict(num_generations=1),
+        "num_generations=1 .* diversity_coef=1.0: use num_generations >= 2 or diversity_coef: 0",
+    ),
+    "no others": (
+        dict(num_generations=1, diversity_coef=0.0),
+        "num_generations=1 .*advantage_estimator='leave_one_out'.* or advantage_estimator: none",
+    ),
+    "alignment and whitening": (
+        dict(alignment="dot"),
+        "alignment='dot' contradicts whitening='paper'.*leave alignment unset or set whitening: none",
+    ),
+    "fp16": (dict(fp16=True), "fp16=True: .* use bf16: true"),
+    "auto_find_batch_size": (
+        dict(auto_find_batch_size=True),
+        "auto_find_batch_size=True: .* set per_device_train_batch_size",
+    ),
+    "logging_nan_inf_filter": (dict(logging_nan_inf_filter=True), "logging_nan_inf_filter=True: .* leave it off"),
+    "bf16_full_eval": (dict(bf16_full_eval=True), "bf16_full_eval=True: .* leave it off"),
+    "fp16_full_eval": (dict(fp16_full_eval=True), "fp16_full_eval=True: .* leave it off"),
+    "neftune_noise_alpha": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0: .* unset it"),
+    "label_smoothing_factor": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1: .* set it to 0"),
+    "use_liger_kernel": (dict(use_liger_kernel=True), "use_liger_kernel=True: .* leave it off"),
+    "torch_compile": (dict(torch_compile=True), "torch_compile=True: .* leave it off"),
+    "remove_unused_columns": (dict(remove_unused_columns=True), "remove_unused_columns=True: .* leave it off"),
+    "feature_layers": (dict(feature_layers=["half"]), "feature_layers: 'half' is not a number; use fractions"),
+}
+CHOICES = {
+    "anchors": "completion, all",
+    "pooling": "last_token, mean_pooling, concat, token",
+    "feature_norm": "joint, per_layer, none",
+    "feature_reduction": "concat, mean",
+    "whitening": "none, paper, released",
+    "alignment": "dot, cosine",
+    "advantage_estimator": "leave_one_out, rloo, group_norm, none",
+    "kl_estimator": "k1, k2, k3",
+    "ce_decay": "none, linear, cosine",
+    "loss_normalization": "token, document",
+}
+
+
+def test_defaults():
+    config = make()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name):
+    with pytest.raises(ValueError, match=f"{name}='other' is unknown: use one of {CHOICES[name]}."):
+        make(**{name: "other"})
+    for value in CHOICES[name].split(", "):
+        make(**({"whitening": "none"} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_generations=1, diversity_coef=0.0, advantage_estimator="none"),
+        dict(num_generations=1, rl_coef=0.0, ce_coef=1.0),
+        dict(max_length=16),
+        dict(ce_coef=0.0),
+        dict(alignment="cosine"),
+    ],
+)
+def test_accepted(settings):
+    make(**settings)
+
+
+def test_context_parallelism_is_refused():
+    parallelism = ParallelismConfig(cp_size=2, cp_handler=TorchContextParallelConfig())
+    with pytest.raises(ValueError, match="parallelism_config: context parallelism .* set cp_size and sp_size to 1"):
+        make(parallelism_config=parallelism)
+
+
+def test_data_parallel_in_one_process_is_refused():
+    config = make()
+    config.check_one_device()
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs in one process .* nn.DataParallel.*accelerate launch"):
+        config.check_one_device()
+
+
+def test_feature_layers_on_the_command_line():
+    """1 is a layer's index, 1.0 the whole depth."""
+    arguments = ["--output_dir", "unused", "--use_cpu", "--feature_layers", "1", "0.5", "1.0"]
+    config, *_ = TrlParser([EBFTConfig]).parse_args_and_config(arguments)
+    assert [(type(x), x) for x in config.feature_layers] == [(int, 1), (float, 0.5), (float, 1.0)]
+    assert [(type(x), x) for x in make(feature_layers=[2, 0.5]).feature_layers] == [(int, 2), (float, 0.5)]
+
+
+def test_sampling_distribution():
+    assert make(top_k=5, top_p=0.9).sampling == {"temperature": 0.6, "top_k": 5, "top_p": 0.9}
+
+
+def test_bf16_is_on_where_a_gpu_has_it():
+    assert make(use_cpu=True).bf16 is False
+    assert make(use_cpu=False).bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    assert make(bf16=True).bf16 is True

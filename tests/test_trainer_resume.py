@@ -1,0 +1,108 @@
+"""A run that is killed and resumed leaves what an unbroken one leaves, to the bit; others are refused."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from datasets import Dataset
+
+import interrupted
+from training import assert_equal_weights, documents, files, read_metrics, small_model, train, trainer
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return cache(lambda kind: interrupted.run(kind, tmp_path_factory.mktemp(kind)))
+
+
+def kill_run(kind, folder, step, moment):
+    command = [sys.executable, interrupted.__file__, kind, str(folder), str(step), moment]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", interrupted.KINDS)
+def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, kind):
+    step, moment = random.randrange(3, 5), random.choice(interrupted.MOMENTS)
+    print(f"killed at step {step}, {moment}")
+    kill_run(kind, tmp_path, step, moment)
+    assert files(tmp_path, "checkpoint-*/trainer_state.json")
+    # Two checkpoints that a kill left half-written, both newer than any whole one.
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9,')
+
+    resumed, whole = interrupted.run(kind, tmp_path, resume=True), unbroken(kind)
+    assert len(resumed.weights) < len(whole.weights) == 7, "it started over"
+    assert_equal_weights(resumed.weights[-1], whole.weights[-1])
+    assert files(tmp_path, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+    assert files(tmp_path, "rollouts/*") == files(whole.folder, "rollouts/*")
+    assert len(files(tmp_path, "rollouts/step_*.parquet")) == (6 if kind == "full" else 2)
+    state = "checkpoint-6/*model.safetensors"
+    assert files(tmp_path, state) == files(whole.folder, state) != {}
+
+
+def test_evaluation_leaves_training_alone(unbroken, tmp_path):
+    with_evaluation = unbroken("full")
+    without = interrupted.run("full", tmp_path, eval_strategy="no", save_strategy="no")
+    assert_equal_weights(without.weights[-1], with_evaluation.weights[-1])
+    trained = [m for m in with_evaluation.metrics if "loss" in m]
+    assert without.metrics == trained and len(trained) < len(with_evaluation.metrics)
+
+
+def test_resume_from_an_earlier_checkpoint_by_name(unbroken, tmp_path):
+    whole = unbroken("full")
+    shutil.copytree(whole.folder, tmp_path / "copy")
+    resumed = interrupted.run("full", tmp_path / "copy", resume=str(tmp_path / "copy" / "checkpoint-4"))
+    assert len(resumed.weights) == 3
+    assert_equal_weights(resumed.weights[-1], whole.weights[-1])
+    assert files(tmp_path / "copy", "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+
+
+def test_resumed_stream_goes_on_where_it_was(tmp_path):
+    def start(folder, resume=None, **settings):
+        stream = Dataset.from_list(documents([23, 17, 5, 30, 6, 12, 21, 9])).to_iterable_dataset()
+        settings = dict(max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2) | settings
+        return train(small_model(scale=8.0), stream, folder, resume, settings=settings)
+
+    whole = start(tmp_path / "whole")
+    shutil.copytree(whole.folder, tmp_path / "copy")
+    resumed = start(tmp_path / "copy", resume=str(tmp_path / "copy" / "checkpoint-2"))
+    assert len(resumed.weights) == 3
+    assert_equal_weights(resumed.weights[-1], whole.weights[-1])
+    assert files(tmp_path / "copy", "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+
+
+def test_another_feature_network_is_refused(unbroken):
+    other = trainer(
+        small_model(dtype=torch.float32, scale=8.0),
+        interrupted.ROWS,
+        unbroken("full").folder,
+        settings=dict(max_steps=8),
+        feature_model=small_model(dtype=torch.float32, seed=1),
+    )
+    before = read_metrics(unbroken("full").folder)
+    with pytest.raises(ValueError, match="was trained with feature network .*: resume with"):
+        other.train(resume_from_checkpoint=True)
+    assert read_metrics(unbroken("full").folder) == before
+
+
+def test_a_folder_with_another_run_is_refused(unbroken, tmp_path):
+    rows = documents([20])
+    with pytest.raises(ValueError, match=r"output_dir=.* holds another run .* delete it"):
+        train(small_model(), rows, unbroken("full").folder)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: output_dir=.* holds no whole checkpoint"):
+        train(small_model(), rows, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume_from_checkpoint=.*is not a whole checkpoint"):
+        train(small_model(), rows, tmp_path, resume=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir=.* is a file"):
+        train(small_model(), rows, tmp_path / "file")

@@ -143,7 +143,7 @@ def test_choices(name):
     "settings",
     [
         dict(num_generations=1, diversity_coef=0.0, advantage_estimator="none"),
-        dict(num_generations=1, rl_coef=0.0, ce_coef=1.0),
+        dict(num_generations=1, diversity_coef=0.0, advantage_estimator="none", rl_coef=0.0, ce_coef=1.0),
         dict(max_length=16),
         dict(ce_coef=0.0),
         dict(alignment="cosine"),

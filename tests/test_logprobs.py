@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -116,13 +117,21 @@ def test_block_log_probs_alone():
     assert (expected[~LAYOUT.valid] == 0).all() and (expected[LAYOUT.valid] < 0).all()
 
 
+@pytest.fixture
+def bf16_accelerator():
+    """An Accelerator of its own: accelerate keeps one global state, which other tests may have set to float32."""
+    AcceleratorState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
-def test_bf16_autocast(family):
+def test_bf16_autocast(family, bf16_accelerator):
     """Autocast sits in the outermost forward, as accelerate puts it there; weights stay float32."""
     plain = tiny_model(family, dtype=torch.float32, scale=2.0)
     expected = [x.detach() for x in ours(copy.deepcopy(plain))]
     install(plain)
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(plain)
+    model = bf16_accelerator.prepare_model(plain)
     seen = set()
     for module in plain.modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":

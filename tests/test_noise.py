@@ -91,7 +91,7 @@ def test_shifted_starts_stay_within_their_document(doc_ids, stride, step, data):
     spans = [(b, *span) for b, docs in enumerate(doc_ids) for span in document_spans(docs)]
     for b, begin, end in spans:
         starts[b, min(begin + at, end - 1)] = True
-    shifted = noise.shift_starts(starts, doc_ids, ids, stride, seed=0, step=step)
+    shifted = noise.shift_starts(starts, None, doc_ids, ids, stride, seed=0, step=step)
     for b, begin, end in spans:
         before, after = (x[b, begin:end].nonzero().flatten().tolist() for x in (starts, shifted))
         assert len(after) <= 1
@@ -107,7 +107,7 @@ def test_shift_is_a_function_of_the_document_and_takes_every_value():
     starts[0, 12], starts[0, 17], starts[1, 2], starts[1, 7] = True, True, True, True
     seen = []
     for step in range(200):
-        shifted = noise.shift_starts(starts, doc_ids, torch.tensor([[1, 2], [2, -1]]), 4, seed=0, step=step)
+        shifted = noise.shift_starts(starts, None, doc_ids, torch.tensor([[1, 2], [2, -1]]), 4, seed=0, step=step)
         assert torch.equal(shifted[0, 10:], shifted[1, :20])
         first, second = shifted[1].nonzero().flatten().tolist()
         assert second - first == 5, "one shift for all starts of a document"

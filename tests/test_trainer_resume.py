@@ -45,7 +45,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, kind):
     assert_equal_weights(resumed.weights[-1], whole.weights[-1])
     assert files(tmp_path, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
     assert files(tmp_path, "rollouts/*") == files(whole.folder, "rollouts/*")
-    assert len(files(tmp_path, "rollouts/step_*.parquet")) == (6 if kind == "full" else 2)
+    assert len(files(tmp_path, "rollouts/step_*.parquet")) == (6 if kind == "full" else 3)
     state = "checkpoint-6/*model.safetensors"
     assert files(tmp_path, state) == files(whole.folder, state) != {}
 
@@ -90,7 +90,7 @@ def test_another_feature_network_is_refused(unbroken):
         feature_model=small_model(dtype=torch.float32, seed=1),
     )
     before = read_metrics(unbroken("full").folder)
-    with pytest.raises(ValueError, match="was trained with feature network .*: resume with"):
+    with pytest.raises(ValueError, match="was trained with the feature network .*: resume with"):
         other.train(resume_from_checkpoint=True)
     assert read_metrics(unbroken("full").folder) == before
 

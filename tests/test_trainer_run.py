@@ -308,6 +308,7 @@ def test_metrics_and_files(tmp_path):
     assert all({"step_time", "tokens_per_second"} <= record.keys() for record in run.trainer.state.log_history[:-1])
     assert [m["num_tokens"] for m in run.metrics] == [93 * step for step in (1, 2, 3, 4)]
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [
+        "step_000001.parquet",
         "step_000002.parquet",
         "step_000004.parquet",
     ]

@@ -7,6 +7,8 @@ run leaves the same files as an unbroken one; what a clock says goes into `timin
 import dataclasses
 import json
 import os
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +32,46 @@ def check_output_dir(output_dir: str | Path, resuming: bool) -> None:
         raise ValueError(f"output_dir='{output_dir}' is a file: name a folder.")
     if resuming or not folder.is_dir():
         return
-    found = [name for name in (METRICS, SETTINGS) if (folder / name).exists()]
-    found += sorted(path.name for path in folder.glob("checkpoint-*"))[:1]
-    if found:
-        raise ValueError(
-            f"output_dir='{output_dir}' holds another run ({found[0]}): choose another folder, continue that run with "
-            "resume_from_checkpoint: true, or delete it."
-        )
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None and not (folder / METRICS).exists():
+        return  # at most settings: a run that never got going
+    found = METRICS if checkpoint is None else Path(checkpoint).name
+    remedy = "continue that run with resume_from_checkpoint: true, " if checkpoint else ""
+    raise ValueError(
+        f"output_dir='{output_dir}' holds another run ({found}): choose another folder, {remedy}or delete it."
+    )
+
+
+def check_resume(output_dir: str | Path, checkpoint: str | Path) -> None:
+    """Refuse a resume that would mix two runs in a folder.
+
+    Raises:
+        ValueError: The folder holds a run that the checkpoint is not of.
+    """
+    if Path(checkpoint).resolve().parent != Path(output_dir).resolve():
+        check_output_dir(output_dir, resuming=False)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end: the trainer's state is its last file."""
     folder = Path(output_dir)
-    steps = []
-    for path in folder.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / "trainer_state.json").exists() and _is_json(path / "trainer_state.json"):
-            steps.append(int(number))
-    return str(folder / f"checkpoint-{max(steps)}") if steps else None
+    return max(map(str, _whole_checkpoints(folder)), key=lambda path: _step_of(Path(path)), default=None)
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    found = folder.glob("checkpoint-*")
+    return [path for path in found if _step_of(path) >= 0 and _is_json(path / "trainer_state.json")]
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
 
 
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text())
-    except json.JSONDecodeError:
+    except (OSError, json.JSONDecodeError):
         return False
     return True
 
@@ -69,12 +87,15 @@ class RunFolder:
     def __init__(self, output_dir: str | Path, writes: bool = True):
         self.path = Path(output_dir)
         self.writes = writes
+        self.written = False  # whether this process has written a record
 
     def start(self, settings: dict[str, Any], resume_step: int | None) -> None:
         """Begin a run, or take back what was written after the checkpoint it resumes from."""
         if not self.writes:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self._warn_of_changes(settings)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         (self.path / SETTINGS).write_text(text, encoding="utf-8")
         step = resume_step or 0
@@ -84,15 +105,29 @@ class RunFolder:
         for path in (self.path / "rollouts").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
+        for path in _whole_checkpoints(self.path):
+            if _step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
+                path.rename(path.with_name(f"superseded-{time.time_ns()}-{path.name}"))
+
+    def _warn_of_changes(self, settings: dict[str, Any]) -> None:
+        """Say which settings differ from those the run had so far: what follows is then no longer the unbroken run."""
+        if not (self.path / SETTINGS).exists():
+            return
+        before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8")) or {}
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if changed:
+            text = ", ".join(f"{key} {before.get(key)} -> {settings.get(key)}" for key in changed)
+            warnings.warn(f"resuming with other settings than before: {text}", stacklevel=3)
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Append one record of metrics, its clock readings apart."""
         if not self.writes:
             return
-        summary = "train_runtime" in record  # transformers' last record: averages over this process's part of the run
+        summary = "train_loss" in record  # transformers' last record: averages over this process's part of the run
         clock = {k: v for k, v in record.items() if summary or k in CLOCK or k.endswith(CLOCK_ENDINGS)}
         for name, part in ((METRICS, {k: v for k, v in record.items() if k not in clock}), (TIMING, clock)):
             if part:
+                self.written = True
                 with open(self.path / name, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **part}) + "\n")
 
@@ -151,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 MODEL_CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [ebft, energy-based-fine-tuning]
 base_model: {base}
 ---
@@ -159,11 +194,10 @@ base_model: {base}
 # {name}
 
 Fine-tuned from {base} with Energy-Based Fine-Tuning (EBFT): the features of the model's own rollouts are matched to
-those of real completions ([arXiv 2603.12248](https://arxiv.org/abs/2603.12248)). It loads in plain `transformers`:
+those of real completions ([arXiv 2603.12248](https://arxiv.org/abs/2603.12248)). Without `ebft`, in {library}:
 
 ```python
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{name}")
+{snippet}
 ```
 
 - Feature network: {feature_network}
@@ -180,7 +214,7 @@ Settings (`resolved_config.yaml`):
 """
 
 
-def write_model_card(folder: Path, *, name, base, dataset, feature_network, history, settings) -> None:
+def write_model_card(folder: Path, *, name, base, dataset, feature_network, history, settings, adapter) -> None:
     """Write README.md beside a saved model.
 
     Args:
@@ -191,6 +225,7 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
         feature_network: Its record, or None.
         history: The trainer's log history: the last training and the last evaluation metrics are shown.
         settings: All settings of the run.
+        adapter: Whether an adapter is saved in place of a whole model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {}
@@ -198,7 +233,10 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
         metrics |= next((record for record in reversed(history) if key in record), {})
     rows = "\n".join(f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float)))
     network = ", ".join(f"{k} {v}" for k, v in (feature_network or {"none": "(rl_coef is 0)"}).items())
+    loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     text = MODEL_CARD.format(
+        library=loader[0],
+        snippet=f'from {loader[0]} import {loader[1]}\nmodel = {loader[1]}.from_pretrained("{name or folder}")',
         name=name or folder.name,
         base=base or "a model built in code",
         dataset=dataset or "not recorded",

@@ -1,5 +1,6 @@
 """What every run needs, whatever it trains on: its folder, exact resume, a log per step, a stop at a broken step."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -7,10 +8,17 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
-from .artifacts import RunFolder, check_output_dir, last_complete_checkpoint, settings_of, write_model_card
-from .callbacks import FeatureNetworkRecord, StepEnd, recorded_feature_network
+from .artifacts import (
+    RunFolder,
+    check_output_dir,
+    check_resume,
+    last_complete_checkpoint,
+    settings_of,
+    write_model_card,
+)
+from .callbacks import FeatureNetworkRecord, StepEnd, StepLine, recorded_feature_network
 from .config import EBFTConfig
 from .metrics import means
 from .recorder import StepRecorder
@@ -37,6 +45,8 @@ class RecordedTrainer(Trainer):
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
         self.add_callback(StepEnd(self.save_step_rollouts))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(StepLine())
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
@@ -57,10 +67,19 @@ class RecordedTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint: output_dir='{self.output_dir}' holds no whole checkpoint.")
-        check_output_dir(self.output_dir, resuming=bool(resume_from_checkpoint))
+        # An evaluation of this very model before its training belongs to the run.
+        continues = bool(resume_from_checkpoint) or (self.run_folder.written and self.state.global_step == 0)
+        check_output_dir(self.output_dir, resuming=continues)
         step = None
         if resume_from_checkpoint:
             step = self._check_feature_network(resume_from_checkpoint)
+            check_resume(self.output_dir, resume_from_checkpoint)
+            if step >= self.planned_steps():
+                raise ValueError(
+                    f"resume_from_checkpoint='{resume_from_checkpoint}': the run is finished after {step} steps; "
+                    "raise max_steps or num_train_epochs to go on."
+                )
+            self.args.eval_on_start = False  # the unbroken run does not evaluate here
         self.accelerator.wait_for_everyone()
         self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -68,13 +87,30 @@ class RecordedTrainer(Trainer):
             self.create_model_card()
         return result
 
+    def planned_steps(self) -> float:
+        """Optimiser steps of the whole run; infinite where a stream does not say."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        dataset: Any = self.train_dataset
+        if not hasattr(dataset, "__len__"):
+            return math.inf
+        batches = len(dataset) / (args.per_device_train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
+
     def _check_feature_network(self, checkpoint: str) -> int:
         record, step = recorded_feature_network(checkpoint)
         ours = self.feature_network_record
-        if record and ours and record["sha256"] != ours["sha256"]:
+        if record is None or ours is None:
+            return step
+        # A name may change (a folder that moved); what is computed may not.
+        other = [key for key in record if key not in ("name", "revision") and record[key] != ours.get(key)]
+        if other:
+            theirs, mine = ({key: str(r.get(key))[:16] for key in ("name", *other)} for r in (record, ours))
             raise ValueError(
-                f"resume_from_checkpoint='{checkpoint}' was trained with feature network {record['name']} "
-                f"(sha256 {record['sha256'][:12]}), not {ours['name']} ({ours['sha256'][:12]}): resume with that one."
+                f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
+                "resume with that one."
             )
         return step
 
@@ -114,10 +150,15 @@ class RecordedTrainer(Trainer):
         out |= {"documents_without_block": sums["short"], "num_tokens": self.state.num_input_tokens_seen}
         return out | {"step_time": seconds, "tokens_per_second": tokens / seconds}
 
+    def saves_rollouts(self, step: int) -> bool:
+        """Whether the rollouts of a step, counted from 1, are written: the first's and every so many."""
+        every = self.args.rollout_save_steps
+        return every > 0 and (step == 1 or step % every == 0)
+
     def save_step_rollouts(self) -> None:
         """Write the step's rollouts, of all ranks, if this is a step whose rollouts are kept."""
-        step, every = self.state.global_step, self.args.rollout_save_steps
-        if every and step % every == 0:
+        step = self.state.global_step
+        if self.saves_rollouts(step):
             rows = self.recorder.rollout_rows
             rows = gather_object(rows) if self.accelerator.num_processes > 1 else rows
             self.run_folder.save_rollouts(rows, step)
@@ -160,4 +201,5 @@ class RecordedTrainer(Trainer):
                 feature_network=self.feature_network_record,
                 history=self.state.log_history,
                 settings={**self.run_description, **settings_of(self.args)},
+                adapter=hasattr(self.model, "peft_config"),
             )

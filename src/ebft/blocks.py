@@ -29,6 +29,7 @@ class BlockLayout:
         valid: BoolTensor of the same shape.
         prefix_starts: LongTensor of the same shape: first token of the document the block belongs to.
         doc_ids: LongTensor [B, P] or None: which document of its row each token belongs to, -1 for padding.
+        multiplicity: float64 [B, K] or None for ones: how many blocks each one stands for, where a subset was drawn.
 
     Raises:
         ValueError: A size is out of range, or no block fits into a regular layout.
@@ -42,6 +43,7 @@ class BlockLayout:
     valid: Tensor = None  # type: ignore[assignment]
     prefix_starts: Tensor = None  # type: ignore[assignment]
     doc_ids: Tensor | None = None
+    multiplicity: Tensor | None = None
 
     def __post_init__(self):
         _check_positive(
@@ -106,7 +108,7 @@ class BlockLayout:
                 if starts is None:
                     pieces = [(begin + context_length, end)]
                 else:
-                    pieces = _completions(begin, end, starts[row], None if ends is None else ends[row])
+                    pieces = completion_spans(begin, end, starts[row], None if ends is None else ends[row])
                 for first, last in pieces:
                     anchors = range(first, last - completion_length + 1, stride)
                     found += [(a, begin) for a in anchors if a - begin >= context_length]
@@ -129,7 +131,7 @@ class BlockLayout:
         return self.anchors.shape[-1]
 
     def select(self, keep: Tensor) -> "BlockLayout":
-        """The layout of the blocks where `keep` (BoolTensor [B, K]) is True, closed up to the left."""
+        """A layout from documents with the blocks where `keep` (BoolTensor [B, K]) is True, closed up to the left."""
         keep = keep & self.valid
         order = keep.int().argsort(dim=-1, descending=True, stable=True)[:, : int(keep.sum(-1).max())]
         valid = keep.gather(-1, order)
@@ -138,6 +140,7 @@ class BlockLayout:
             anchors=self.anchors.gather(-1, order).where(valid, 1),
             prefix_starts=self.prefix_starts.gather(-1, order).where(valid, 0),
             valid=valid,
+            multiplicity=None if self.multiplicity is None else self.multiplicity.gather(-1, order),
         )
 
     def expand(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +247,7 @@ def _check_positive(**sizes: int) -> None:
             raise ValueError(f"{name}={value} must be at least 1.")
 
 
-def _completions(begin: int, end: int, starts: Tensor, ends: Tensor | None) -> list[tuple[int, int]]:
+def completion_spans(begin: int, end: int, starts: Tensor, ends: Tensor | None) -> list[tuple[int, int]]:
     """`(first, last + 1)` of each completion within the document [begin, end)."""
     firsts = (begin + starts[begin:end].nonzero().flatten()).tolist()
     borders = [*firsts, end][1:]  # none without a first: a document may have no completion

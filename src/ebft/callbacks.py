@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -18,6 +18,30 @@ class StepEnd(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the Trainer when a step's number has been counted."""
         self.finish()
+
+
+# What the terminal shows of a step or an evaluation, and under which name; all else is in metrics.jsonl.
+SHOWN = {
+    "loss": "loss",
+    "ce_loss": "CE",
+    "feature_matching_loss": "feature loss",
+    "reward": "reward",
+    "entropy": "entropy",
+    "grad_norm": "grad norm",
+    "step_time": "s",
+}
+
+
+class StepLine(ProgressCallback):
+    """transformers' progress bar, with one short line per logged step in place of a dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write the line above the bar."""
+        logs = logs or {}
+        kind = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        shown = [f"{name} {logs[kind + key]:.4g}" for key, name in SHOWN.items() if kind + key in logs]
+        if self.training_bar is not None and shown:
+            self.training_bar.write(f"{'evaluation at ' if kind else ''}step {state.global_step}: " + ", ".join(shown))
 
 
 class FeatureNetworkRecord(TrainerCallback, ExportableState):

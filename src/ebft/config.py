@@ -7,17 +7,12 @@ import torch
 from transformers import TrainingArguments
 
 from ._compat import DICT_FIELDS
+from .advantages import ADVANTAGE_ESTIMATORS
+from .features import NORMS, POOLINGS, REDUCTIONS
+from .losses import DECAYS, KL_ESTIMATORS, LOSS_NORMALIZATIONS
+from .rewards import ALIGNMENTS, WHITENINGS
 
 ANCHORS = ("completion", "all")
-POOLINGS = ("last_token", "mean_pooling", "concat", "token")
-FEATURE_NORMS = ("joint", "per_layer", "none")
-REDUCTIONS = ("concat", "mean")
-WHITENINGS = ("none", "paper", "released")
-ALIGNMENTS = ("dot", "cosine")
-ESTIMATORS = ("leave_one_out", "rloo", "group_norm", "none")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-DECAYS = ("none", "linear", "cosine")
-NORMALIZATIONS = ("token", "document")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -65,7 +60,7 @@ class EBFTConfig(TrainingArguments):
         metadata={"help": "Hidden states to read: fractions of the depth, or integers into hidden_states."},
     )
     feature_reduction: str = _setting("concat", "How the layers are joined.", REDUCTIONS)
-    feature_norm: str = _setting("joint", "L2 norm of each token's features, before pooling.", FEATURE_NORMS)
+    feature_norm: str = _setting("joint", "L2 norm of each token's features, before pooling.", NORMS)
     pooling: str = _setting("last_token", "How a block's token features become one; `token` keeps each.", POOLINGS)
 
     # --- blocks and rollouts ---
@@ -111,18 +106,26 @@ class EBFTConfig(TrainingArguments):
     alignment: str | None = _setting(
         None, "Dot product or cosine, without whitening (whitened rewards are cosines). Default: dot.", ALIGNMENTS
     )
-    advantage_estimator: str = _setting("leave_one_out", "Baseline; leave_one_out is the exact one.", ESTIMATORS)
+    advantage_estimator: str = _setting(
+        "leave_one_out", "Baseline; leave_one_out is the exact one.", ADVANTAGE_ESTIMATORS
+    )
     loss_normalization: str = _setting(
-        "token", "Mean over all tokens and blocks, or first within each document.", NORMALIZATIONS
+        "token", "Mean over all tokens and blocks, or first within each document.", LOSS_NORMALIZATIONS
     )
 
     # --- artifacts ---
-    rollout_save_steps: int = _setting(10, "Write rollouts/step_*.parquet every so many steps; 0: never.")
+    rollout_save_steps: int = _setting(10, "Write rollouts/step_*.parquet at step 1 and every so many; 0: never.")
 
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.feature_layers = [_number(x) for x in self.feature_layers]  # type: ignore[misc]
+        layers: Any = self.feature_layers
+        layers = [_number(x) for x in (layers if isinstance(layers, (list, tuple)) else [layers])]
+        self.feature_layers = layers
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = 100  # transformers takes logging_steps, and here an evaluation samples rollouts
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
         super().__post_init__()
@@ -130,6 +133,7 @@ class EBFTConfig(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
             # Rank 0 could only hand out batches of one length: let every rank read a stream and take its share.
             self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        self._check_types()
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
@@ -142,15 +146,36 @@ class EBFTConfig(TrainingArguments):
             if name in EBFTConfig.__annotations__ and choices and value is not None and value not in choices:
                 raise ValueError(f"{name}='{value}' is unknown: use one of {', '.join(choices)}.")
 
+    def _check_types(self) -> None:
+        kinds: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
+        for name in EBFTConfig.__annotations__:
+            # Not the field's own type: the argument parser takes the "| None" off it.
+            kind, value = EBFTConfig.__annotations__[name], getattr(self, name, None)
+            if kind in kinds and (isinstance(value, bool) or not isinstance(value, kinds[kind])):
+                raise ValueError(f"{name}={value!r} must be of type {kind.__name__}.")
+
     def _check_ranges(self) -> None:
-        for name in ("stride", "context_length", "completion_length", "num_generations"):
+        sizes = ("stride", "context_length", "completion_length", "num_generations")
+        batch = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, *batch):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        names = ("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef")
-        for name in (*names, "rl_warmup_steps", "top_k", "rollout_save_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        if self.temperature <= 0:
+        ours = ("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef", "rl_warmup_steps", "top_k")
+        theirs = ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed")
+        for name in (
+            *ours,
+            *theirs,
+            "rollout_save_steps",
+            *(["learning_rate"] if self.learning_rate is not None else []),
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative or infinite.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} trains nothing: set it or max_steps above 0.")
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be positive: training needs sampled rollouts.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps all tokens.")
@@ -165,8 +190,6 @@ class EBFTConfig(TrainingArguments):
     def _check_combinations(self) -> None:
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
-        if self.rl_coef == 0:
-            return
         n = self.num_generations
         if n < 2 and self.diversity_coef:
             raise ValueError(
@@ -195,11 +218,19 @@ class EBFTConfig(TrainingArguments):
             "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
             "use_liger_kernel": "it replaces the forward that block rollouts need: leave it off",
             "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
+            "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
             "remove_unused_columns": "the collator chooses its columns itself: leave it off",
         }
         for name, reason in reasons.items():
-            if getattr(self, name, None):
+            if getattr(self, name, None) not in (None, False, 0, "no"):
                 raise ValueError(f"{name}={getattr(self, name)}: {reason}.")
+        if str(self.train_sampling_strategy) not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy}: its order is drawn from a stream that "
+                "evaluation and resume disturb: use random or sequential."
+            )
+        if not self.accelerator_config.use_seedable_sampler:  # type: ignore[union-attr]
+            raise ValueError("accelerator_config.use_seedable_sampler=False: resume would not be exact; leave it on.")
         parallelism = self.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(

@@ -8,6 +8,7 @@ Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document toke
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class FeatureNetwork:
         return features.mean(-2) if self.pooling == "mean_pooling" else features.flatten(-2)
 
 
-def layer_indices(layers: Sequence[float | int], num_layers: int) -> list[int]:
+def layer_indices(layers: Sequence[Any], num_layers: int) -> list[int]:
     """Fractions of the depth or integers to indices into `hidden_states`, 1..L.
 
     Raises:

@@ -73,9 +73,15 @@ def install(model: nn.Module) -> PreTrainedModel:
     """
     lm = causal_lm(model)
     enable_block_attention(lm)
-    if ORDINARY not in vars(lm):
+    if not _is_installed(lm):
         vars(lm).update({ORDINARY: lm.forward, "forward": MethodType(_forward_with_signature_of(type(lm)), lm)})
     return lm
+
+
+def _is_installed(lm: PreTrainedModel) -> bool:
+    own = vars(lm).get("forward")
+    # Unpickled, a model we taught has its class's forward in place of ours.
+    return ORDINARY in vars(lm) and getattr(own, "__func__", own) is not type(lm).forward
 
 
 def _forward_with_signature_of(model_class: type[PreTrainedModel]) -> Callable:
@@ -113,11 +119,14 @@ def decode(decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids:
 
 @contextmanager
 def _decoder_returning(decoder: nn.Module, output: ModelOutput):
-    decoder.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    before = vars(decoder).get("forward")  # accelerate's hooks sit there
+    vars(decoder)["forward"] = lambda *args, **kwargs: output
     try:
         yield
     finally:
-        del decoder.forward
+        del vars(decoder)["forward"]
+        if before is not None:
+            vars(decoder)["forward"] = before
 
 
 def gathered_rows(hidden: Tensor, index: Tensor) -> Tensor:

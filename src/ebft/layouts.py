@@ -29,7 +29,7 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
     if step is not None and args.random_anchor_offset:
         if starts is None:
             starts = first_anchors(doc_ids, args.context_length)
-        starts = noise.shift_starts(starts, doc_ids, ids, args.stride, seed=args.seed, step=step)
+        starts = noise.shift_starts(starts, ends, doc_ids, ids, args.stride, seed=args.seed, step=step)
     layout = BlockLayout.from_documents(
         doc_ids,
         stride=args.stride,

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
 
 from ._compat import revision_of
-from .attention import enable_block_attention
 from .features import FeatureNetwork, decoder_up_to, layer_indices
-from .forward import causal_lm
+from .forward import causal_lm, install
 from .support import TESTED, check_adapters_off_is_base, check_config, check_same_vocabulary, verify_blocks
 
 
@@ -43,7 +42,15 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
             f"model={type(lm).__name__} is not a transformers causal LM: pass a name, path or PreTrainedModel."
         )
     check_config(lm.config, args.max_length)
-    enable_block_attention(lm)
+    if hasattr(policy, "peft_config") and not hasattr(policy, "disable_adapter"):
+        raise ValueError(
+            "model has an adapter from add_adapter: wrap it with peft.get_peft_model or pass peft_config."
+        )
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"peft_config={type(peft_config).__name__}: prompt learning adds tokens to every row; use LoRA."
+        )
+    install(lm)  # before accelerate wraps the forward: autocast has to be around ours
     if lm.config.model_type not in TESTED and lm.device.type != "meta":
         verify_blocks(lm)
     if peft_config is not None:
@@ -54,9 +61,13 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         set_seed(args.seed)  # the adapter's random start is part of what the seed decides
         policy = get_peft_model(policy, peft_config)
     _disable_dropout(policy)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError("model has no parameter with requires_grad=True: there is nothing to train.")
     for parameter in policy.parameters():
         # Steps of 1e-6 are lost in bfloat16's rounding: what is trained is float32, whatever the checkpoint's dtype.
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        # So is what is frozen beside it, unless autocast or an adapter joins the two dtypes.
+        joined = args.bf16 or hasattr(policy, "peft_config")
+        if parameter.dtype in (torch.bfloat16, torch.float16) and (parameter.requires_grad or not joined):
             parameter.data = parameter.data.float()
     return policy
 
@@ -90,6 +101,22 @@ def check_named_policy(name: str, args) -> PreTrainedConfig:
     return config
 
 
+def check_named_feature_model(name: str, args) -> PreTrainedConfig:
+    """Everything that can be said against a feature network given by name before its weights are read.
+
+    Raises:
+        ValueError: There is no such model, or its type, length or number of layers is not supported.
+    """
+    field = "feature_model_name_or_path"
+    config = load_config(name, field, revision=args.feature_model_revision)
+    try:
+        check_config(config, args.max_length)
+        layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"{field}='{name}': {error}") from error
+    return config
+
+
 def _from_pretrained(name: str, args, dtype: torch.dtype, quantization_config=None) -> PreTrainedModel:
     config = check_named_policy(name, args)
     kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in ("dtype", "torch_dtype")}
@@ -108,17 +135,17 @@ def _read_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, kwarg
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
-def load_config(name: str, **kwargs) -> PreTrainedConfig:
-    """A model's config by Hub name or path.
+def load_config(name: str, field: str = "model_name_or_path", **kwargs) -> PreTrainedConfig:
+    """A model's config by Hub name or path; `field` is what an error calls it.
 
     Raises:
         ValueError: There is no such model.
     """
     try:
         return AutoConfig.from_pretrained(name, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"model_name_or_path='{name}' is neither a local model folder nor a model on the Hub: {error}"
+            f"{field}='{name}' is neither a local model folder nor a model on the Hub: {error}"
         ) from error
 
 
@@ -128,6 +155,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ValueError: There is none.
     """
+    if not name:
+        raise ValueError("processing_class is missing: the model was built in code, so pass its tokenizer.")
     load_config(name)
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -173,8 +202,7 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
     lm = causal_lm(policy if source is None or isinstance(source, str) else source)
     config = lm.config
     if isinstance(source, str):
-        config = load_config(source, revision=args.feature_model_revision)
-        check_config(config, args.max_length)
+        config = check_named_feature_model(source, args)
         check_same_vocabulary(config, source, lm.config, processing_class)
     elif source is not None:
         check_same_vocabulary(config, config.name_or_path or type(lm).__name__, causal_lm(policy).config)
@@ -188,23 +216,30 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
 
 
 def describe_feature_network(network: FeatureNetwork) -> dict[str, Any]:
-    """Name, revision and hash of the weights: what a run prints, stores, and compares on resume."""
+    """What a run prints, stores, and compares on resume: the network, what is read off it, a hash of its weights."""
     config: Any = network.decoder.config
-    name = config.name_or_path or type(network.decoder).__name__
-    return {"name": name, "revision": revision_of(config), "sha256": weights_hash(network)}
+    return {
+        "name": config.name_or_path or type(network.decoder).__name__,
+        "revision": revision_of(config),
+        "layers": ",".join(map(str, network.layer_indices)),
+        "pooling": network.pooling,
+        "norm": network.norm,
+        "reduction": network.reduction,
+        "dtype": str(next(network.decoder.parameters()).dtype).removeprefix("torch."),
+        "sha256": weights_hash(network),
+    }
 
 
-def load_reference(policy: nn.Module, args, *, new_adapter: bool) -> nn.Module:
+def load_reference(policy: nn.Module, *, new_adapter: bool) -> nn.Module:
     """The initial policy, frozen, for the KL term.
 
-    With a new adapter that is the policy itself with the adapter off; else a copy, in bfloat16 if the run uses it:
-    what autocast makes of the policy's own weights.
+    With a new adapter that is the policy itself with the adapter off; else a copy of the same dtype, so that the
+    divergence of the policy from itself is 0.
     """
     if new_adapter:
         check_adapters_off_is_base(policy)
         return policy
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    return _to_bfloat16(reference) if args.bf16 else reference
+    return copy.deepcopy(policy).requires_grad_(False)
 
 
 def _to_bfloat16(model: nn.Module) -> nn.Module:

@@ -5,11 +5,13 @@ leaves training's numbers untouched. Documents are known by their index in the t
 Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, M documents of a row.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import BlockLayout, document_spans
+from .blocks import BlockLayout, completion_spans, document_spans
 
 SAMPLING, SUBSET, OFFSET, EVALUATION = range(4)  # purposes
 
@@ -41,23 +43,41 @@ def sampling_uniforms(
 
 
 def random_subset(layout: BlockLayout, document_ids: Tensor, max_blocks: int, *, seed: int, step: int) -> BlockLayout:
-    """At most `max_blocks` blocks of each document, drawn without replacement: an unbiased sample of them."""
+    """At most `max_blocks` blocks of each document, drawn without replacement.
+
+    Each kept block stands for as many as its document had per kept one (`layout.multiplicity`), so that sums over
+    blocks stay unbiased.
+    """
     keep = torch.zeros_like(layout.valid)
+    multiplicity = torch.ones(layout.valid.shape, dtype=torch.float64)
     for row, doc, blocks in documents_with_blocks(layout):
         rng = document_rng(seed, SUBSET, step, int(document_ids[row, doc]))
         keep[row, blocks[torch.from_numpy(rng.permutation(len(blocks))[:max_blocks])]] = True
-    return layout.select(keep)
+        multiplicity[row, blocks] = max(1.0, len(blocks) / max_blocks)
+    return replace(layout, multiplicity=multiplicity).select(keep)
 
 
 def shift_starts(
-    starts: Tensor, doc_ids: Tensor, document_ids: Tensor, stride: int, *, seed: int, step: int
+    starts: Tensor, ends: Tensor | None, doc_ids: Tensor, document_ids: Tensor, stride: int, *, seed: int, step: int
 ) -> Tensor:
-    """`starts` [B, P] with each document's starts moved right by one random 0..stride-1, within the document."""
+    """`starts` with each document's moved right by one random 0..stride-1; those past their completion's end drop out.
+
+    Args:
+        starts: BoolTensor [B, P], first token of each completion.
+        ends: BoolTensor [B, P], last token of each completion, or None: see `BlockLayout.from_documents`.
+        doc_ids: LongTensor [B, P].
+        document_ids: LongTensor [B, M].
+        stride: s.
+        seed: Of the run.
+        step: Optimiser step.
+    """
     shifted = torch.zeros_like(starts)
     for row, ids in enumerate(doc_ids):
         for begin, end in document_spans(ids, row):
             offset = int(document_rng(seed, OFFSET, step, int(document_ids[row, ids[begin]])).integers(stride))
-            shifted[row, begin + offset : end] = starts[row, begin : max(begin, end - offset)]
+            for first, last in completion_spans(begin, end, starts[row], None if ends is None else ends[row]):
+                if first + offset < last:
+                    shifted[row, first + offset] = True
     return shifted
 
 

@@ -1,5 +1,6 @@
 """From the datasets a user gives to the documents a run trains on: tokenised, packed, checked for blocks."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,10 +31,13 @@ def prepare_datasets(
     first = next(iter(first.values())) if isinstance(first, dict) else first
     if first is None:
         raise ValueError("train_dataset and eval_dataset are both missing: pass at least one.")
+
+    def prompts_of(dataset) -> bool:
+        return has_prompt(dataset, assistant_only_loss=args.assistant_only_loss, formatting_func=formatting_func)
+
     anchors = args.anchors
     if anchors is None:
-        prompts = has_prompt(first, assistant_only_loss=args.assistant_only_loss, formatting_func=formatting_func)
-        anchors = "completion" if prompts else "all"
+        anchors = "completion" if prompts_of(first) else "all"
 
     def prepare(dataset, label: str):
         with args.main_process_first(desc=f"tokenising {label}"):  # the other ranks read its cache
@@ -50,9 +54,15 @@ def prepare_datasets(
             num_proc=args.dataset_num_proc,
             dataset_label=label,
         )
+        rows = pack_documents(documents, args.max_length) if args.packing else documents
         if args.rl_coef and hasattr(documents, "__len__"):
-            check_some_blocks(documents, args, anchors, label, padding_id(processing_class))
-        return pack_documents(documents, args.max_length) if args.packing else documents
+            one_document_per_row = args.packing and not args.document_masking
+            check_some_blocks(rows if one_document_per_row else documents, args, anchors, label, processing_class)
+        if anchors == "all" and args.anchors is None and dataset is not first and prompts_of(dataset):
+            warnings.warn(
+                f"{label} has prompts and the training data has none: blocks go over prompts too.", stacklevel=2
+            )
+        return rows
 
     train = None if train_dataset is None else prepare(train_dataset, "train_dataset")
     if isinstance(eval_dataset, dict):
@@ -60,9 +70,9 @@ def prepare_datasets(
     return train, None if eval_dataset is None else prepare(eval_dataset, "eval_dataset"), anchors
 
 
-def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str, pad: int) -> None:
+def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str, tokenizer) -> None:
     """Raise a ValueError unless at least one document has a block; stops at the first that does."""
-    collate = BlockCollator(pad)
+    collate = BlockCollator(padding_id(tokenizer), args.document_masking)
     count = 0
     for row in documents:
         if batch_layout(collate([row]), args, anchors, step=None).num_blocks:

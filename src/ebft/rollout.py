@@ -60,7 +60,7 @@ def sample_rollouts(
         Rollouts; zeros where a block is not valid.
 
     Raises:
-        ValueError: A number is out of range, or the prefixes and rollouts exceed the model's positions.
+        ValueError: A number is out of range.
     """
     _check(temperature, top_k, top_p, num_generations)
     install(model)

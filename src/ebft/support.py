@@ -68,6 +68,8 @@ def _reason_against(config: PreTrainedConfig) -> str | None:
         return f"its layers of type {', '.join(other)} cannot honour a block mask"
     if not attention_is_replaceable(model_class):
         return "its attention cannot be replaced through transformers' AttentionInterface"
+    if config.model_type not in TESTED and getattr(config, "is_decoder", True) is False:
+        return "it is an encoder: its tokens see what comes after them"
     if config.model_type == "gpt_oss":
         return "its attention sinks are not in the block-parallel attention"
     if config.model_type not in TESTED and getattr(config, "sliding_window", None):
@@ -138,6 +140,11 @@ def check_same_vocabulary(
         ValueError: The tokenizers differ, or the sizes do where there are no two tokenizers to compare.
     """
     theirs, ours = feature.get_text_config().vocab_size, policy.get_text_config().vocab_size
+    if theirs < ours:
+        raise ValueError(
+            f"feature_model_name_or_path='{name}' has {theirs} token embeddings and the policy {ours}: the policy can "
+            "sample ids the feature network lacks; use one with at least as many."
+        )
     differs = theirs != ours
     if processing_class is not None:
         # Padded embedding tables differ in size within a family; what counts is the tokenizer. (A model may have been

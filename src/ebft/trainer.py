@@ -4,6 +4,7 @@ A step: documents -> blocks -> rollouts -> features -> rewards -> advantages -> 
 cross-entropy. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from .blocks import BlockLayout
 from .config import EBFTConfig
 from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, rollout_rows
-from .features import FeatureNetwork, adapters_off
+from .features import FeatureNetwork, adapters_off, layer_indices
 from .layouts import batch_layout
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
@@ -44,6 +45,12 @@ class StepTotals:
 
     tokens: float
     blocks: float
+
+
+def no_rollouts(inputs: dict[str, Any]) -> tuple[Tensor, BlockLayout]:
+    """Tokens [B, 0, 1, G] and layout of a batch that has no blocks, for its cross-entropy alone."""
+    layout = inputs["layout"].select(torch.zeros_like(inputs["layout"].valid))
+    return inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length), layout
 
 
 class EBFTTrainer(RecordedTrainer):
@@ -90,7 +97,11 @@ class EBFTTrainer(RecordedTrainer):
         peft_config=None,
         formatting_func: Callable | None = None,
     ):
-        args = EBFTConfig("ebft_output") if args is None else args
+        args = EBFTConfig("ebft_output") if args is None else copy.copy(args)  # a config may serve several trainers
+        if not isinstance(args, EBFTConfig):
+            raise ValueError(f"args={type(args).__name__}: pass an EBFTConfig.")
+        if not isinstance(model, (str, nn.Module)):
+            raise ValueError(f"model={model!r}: pass a name, a path, a PreTrainedModel or a PeftModel.")
         args.check_one_device()
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
         config = models.check_named_policy(model, args) if isinstance(model, str) else models.causal_lm(model).config
@@ -98,23 +109,30 @@ class EBFTTrainer(RecordedTrainer):
         if processing_class is None:
             processing_class = models.load_tokenizer(str(base_name))
         check_tokenizer(processing_class, config)
+        feature_model = feature_model or args.feature_model_name_or_path
+        if isinstance(feature_model, str):
+            models.check_named_feature_model(feature_model, args)
+        elif feature_model is None:
+            layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )
+        if not hasattr(train_dataset, "__len__") and args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers}: the workers of a streamed dataset would "
+                "number its documents alike, and these numbers seed the rollouts: use 0 or 1."
+            )
         policy = models.load_policy(model, args, peft_config, quantization_config)
         if args.learning_rate is None:
             args.learning_rate = models.default_learning_rate(policy)
         needs_features = args.rl_coef > 0 or eval_dataset is not None
-        feature_model = feature_model or args.feature_model_name_or_path
         self.feature_network = (
             models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
         )
         self.reference_model = (
-            models.load_reference(policy, args, new_adapter=peft_config is not None)
-            if args.beta and args.rl_coef
-            else None
+            models.load_reference(policy, new_adapter=peft_config is not None) if args.beta and args.rl_coef else None
         )
-        self._user_metrics = compute_metrics
+        self._user_metrics, self._formatting_func = compute_metrics, formatting_func
         super().__init__(
             base_name=base_name,
             model=policy,
@@ -128,15 +146,25 @@ class EBFTTrainer(RecordedTrainer):
             optimizers=optimizers,
         )
         loss_is_whole_steps(self)
+        self._check_precision()
         self.can_return_loss = True
         self._place_frozen_networks()
 
     # --- construction ---
 
+    def _check_precision(self) -> None:
+        ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
+        if ours != launched:
+            raise ValueError(
+                f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
+                "(ACCELERATE_MIXED_PRECISION): make them agree."
+            )
+
     def _place_frozen_networks(self) -> None:
         network = self.feature_network
         if self.reference_model is not None and self.reference_model is not self.model:
-            self.reference_model.to(self.args.device)
+            # Under the same autocast as the policy, so that its divergence from itself is 0.
+            self.reference_model = self.accelerator.prepare_model(self.reference_model, evaluation_mode=True)
         if network is None:
             return
         if network.model is not self.model:
@@ -174,11 +202,7 @@ class EBFTTrainer(RecordedTrainer):
         totals, layout = num_items_in_batch, inputs["layout"]
         rl_coef, ce_coef = self.coefficients()
         experience = self._collect(inputs) if rl_coef and layout.num_blocks else None
-        if experience is None:
-            layout = layout.select(torch.zeros_like(layout.valid))
-            tokens = inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length)
-        else:
-            tokens = experience.rollouts.tokens
+        tokens, layout = no_rollouts(inputs) if experience is None else (experience.rollouts.tokens, layout)
         wanted = inputs["labels"][:, 1:] != -100
         log_probs = document_and_block_log_probs(
             model,
@@ -198,21 +222,23 @@ class EBFTTrainer(RecordedTrainer):
     def _mixed_loss(self, log_probs: LogProbs, inputs, experience, advantages, totals, coefficients) -> Tensor:
         args, device = self.args, log_probs.document.device
         ce, metrics = losses.cross_entropy(log_probs.document, self._token_weights(inputs).to(device), totals.tokens)
-        # Ties every parameter into the graph on a rank without blocks, and carries nothing.
-        policy, kl = 0.0 * log_probs.blocks.sum(), None
-        if experience is not None:
-            layout, denominator = inputs["layout"], self._policy_denominator(totals)
-            policy, policy_metrics = self.compute_policy_loss(log_probs.blocks, advantages, layout, totals)
-            metrics |= policy_metrics
-            if experience.reference_log_probs is not None and args.kl_estimator != "k1":
-                weights = self._block_weights(layout).to(device)
-                kl, _ = losses.kl_loss(
-                    log_probs.blocks, experience.reference_log_probs, weights, denominator, args.kl_estimator
-                )
+        if experience is None:
+            policy, kl = log_probs.blocks.sum(), None  # of no block: 0
+        else:
+            policy, policy_metrics = self.compute_policy_loss(log_probs.blocks, advantages, inputs["layout"], totals)
+            kl, kl_metrics = self._kl_loss(log_probs.blocks, experience, inputs["layout"], totals)
+            metrics |= policy_metrics | kl_metrics
         rl_coef, ce_coef = coefficients
         loss, _ = losses.mixed_loss(policy, ce, kl, rl_coef=rl_coef, ce_coef=ce_coef, beta=args.beta)
         self.recorder.add({name: value for name, value in metrics.items() if ce_coef or name != "ce_loss"})
         return loss
+
+    def _kl_loss(self, log_probs: Tensor, experience: Experience, layout: BlockLayout, totals) -> tuple[Any, dict]:
+        estimator, reference = self.args.kl_estimator, experience.reference_log_probs
+        if reference is None or estimator == "k1":  # k1 is part of the advantages
+            return None, {}
+        weights = self._block_weights(layout).to(log_probs.device)
+        return losses.kl_loss(log_probs, reference, weights, self._policy_denominator(totals), estimator)
 
     # --- its parts: the override points ---
 
@@ -300,7 +326,11 @@ class EBFTTrainer(RecordedTrainer):
 
     def _block_weights(self, layout: BlockLayout) -> Tensor:
         documents = layout.doc_ids.gather(1, layout.anchors)  # type: ignore[union-attr]
-        return losses.loss_weights(layout.valid, self.args.loss_normalization, documents)
+        weights = losses.loss_weights(layout.valid, self.args.loss_normalization, documents)
+        # A mean within each document needs no correction for the blocks that were left out.
+        if layout.multiplicity is None or self.args.loss_normalization == "document":
+            return weights
+        return weights * layout.multiplicity
 
     def _policy_denominator(self, totals: StepTotals) -> float:
         return self.args.completion_length * self.args.num_generations * totals.blocks
@@ -318,8 +348,8 @@ class EBFTTrainer(RecordedTrainer):
         recorder.keep_inputs(
             inputs, tokens=experience.rollouts.tokens, rewards=experience.rewards.total, advantages=advantages
         )
-        step, every = self.state.global_step + 1, self.args.rollout_save_steps
-        if every and step % every == 0:
+        step = self.state.global_step + 1
+        if self.saves_rollouts(step):
             recorder.rollout_rows += rollout_rows(inputs, experience, advantages, self.processing_class, step)
 
     def _documents_without_block(self, inputs: dict[str, Any]) -> Tensor:
@@ -327,6 +357,15 @@ class EBFTTrainer(RecordedTrainer):
         return documents - len(noise.documents_with_blocks(inputs["layout"]))
 
     # --- evaluation ---
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """As in transformers; a dataset given here may be raw, in any of the formats of training data."""
+        raw = "loss_mask" not in (getattr(eval_dataset, "column_names", None) or ["loss_mask"])
+        dataset: Any = eval_dataset
+        if raw and not isinstance(eval_dataset, dict):
+            tokenizer, formatting = self.processing_class, self._formatting_func
+            dataset = prepare_datasets(None, eval_dataset, tokenizer, self.args, formatting)[1]
+        return super().evaluate(dataset, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Statistics of one evaluation batch, per row, so that Trainer's own gathering makes exact totals of them.
@@ -336,10 +375,8 @@ class EBFTTrainer(RecordedTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         inputs["layout"] = layout = batch_layout(inputs, self.args, self.anchors, step=None)
-        none = layout.select(torch.zeros_like(layout.valid))
-        no_tokens = inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length)
         with torch.no_grad(), self.compute_loss_context_manager():
-            document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], no_tokens, none)
+            document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))
             sums = cross_entropy_sums(document, inputs)
             measured = layout.num_blocks and self.feature_network is not None
             experience = self._collect(inputs, noise.EVALUATION) if measured else None

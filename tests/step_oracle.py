@@ -45,11 +45,24 @@ def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -
     def of_blocks(name, mode="token"):
         return _mean([[block[name] for block in document] for document in blocks], mode)
 
+    def objective(name):
+        if args.max_blocks is None or mode == "document":
+            return of_blocks(name, mode)
+        # Each block that was drawn stands for as many as its document had per drawn one.
+        anchors_of = [sorted(anchor for doc, anchor in groups if doc == index) for index in range(len(documents))]
+        full = [
+            _number_of_blocks(len(d["input_ids"]), mine, args) for d, mine in zip(documents, anchors_of, strict=True)
+        ]
+        means = [
+            n * torch.stack([block[name] for block in mine]).mean() for n, mine in zip(full, blocks, strict=True) if n
+        ]
+        return torch.stack(means).sum() / sum(full)
+
     mode = args.loss_normalization
-    metrics = {"ce_loss": _mean(tokens, mode), "policy_loss": of_blocks("policy", mode)}
+    metrics = {"ce_loss": _mean(tokens, mode), "policy_loss": objective("policy")}
     loss = metrics["policy_loss"] * args.rl_coef + metrics["ce_loss"] * args.ce_coef
     if args.beta and args.kl_estimator != "k1":
-        loss = loss + args.rl_coef * args.beta * of_blocks("kl_loss", mode)
+        loss = loss + args.rl_coef * args.beta * objective("kl_loss")
     names = ("reward", "rewards/alignment/mean", "rewards/diversity/mean", "feature_matching_loss")
     metrics |= {name: of_blocks(name) for name in (*names, *(["kl"] if args.beta else []))}
     return {"loss": loss, **metrics}
@@ -69,6 +82,14 @@ def sgd_step(model, loss: Tensor, learning_rate: float, max_norm: float = 0.0) -
             after[alias] = new
         assert name in after
     return after
+
+
+def _number_of_blocks(length: int, drawn: list[int], args) -> int:
+    """How many blocks a document without prompt had, of which some were drawn; they tell the random offset."""
+    if not drawn:
+        return 0
+    first = args.context_length + (drawn[0] - args.context_length) % args.stride
+    return len(range(first, length - args.completion_length + 1, args.stride))
 
 
 def _mean(per_document: list[list[Tensor]], mode: str) -> Tensor:

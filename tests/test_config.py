@@ -103,6 +103,35 @@ REFUSED = {
     "use_liger_kernel": (dict(use_liger_kernel=True), "use_liger_kernel=True: .* leave it off"),
     "torch_compile": (dict(torch_compile=True), "torch_compile=True: .* leave it off"),
     "remove_unused_columns": (dict(remove_unused_columns=True), "remove_unused_columns=True: .* leave it off"),
+    "no pairs without rollouts": (
+        dict(num_generations=1, rl_coef=0.0, advantage_estimator="none"),
+        "num_generations=1 has no pairs for diversity_coef=1.0",
+    ),
+    "include_num_input_tokens_seen": (
+        dict(include_num_input_tokens_seen="all"),
+        "include_num_input_tokens_seen=all: .* leave it at no",
+    ),
+    "train_sampling_strategy": (
+        dict(train_sampling_strategy="group_by_length"),
+        "train_sampling_strategy=.*: use random or sequential",
+    ),
+    "use_seedable_sampler": (
+        dict(accelerator_config={"use_seedable_sampler": False}),
+        "accelerator_config.use_seedable_sampler=False: .* leave it on",
+    ),
+    "text for a number": (dict(stride="8"), "stride='8' must be of type int"),
+    "yes for a number": (dict(stride=True), "stride=True must be of type int"),
+    "text for a float": (dict(temperature="1"), "temperature='1' must be of type float"),
+    "learning_rate": (dict(learning_rate=-1.0), "learning_rate=-1.0 must not be negative"),
+    "per_device_train_batch_size": (
+        dict(per_device_train_batch_size=0),
+        "per_device_train_batch_size=0 must be at least 1",
+    ),
+    "adam_beta2": (dict(adam_beta2=1.5), r"adam_beta2=1.5 must be in \[0, 1\)"),
+    **{
+        f"{name} nan": ({name: float("nan")}, f"{name}=nan must")
+        for name in ("rl_coef", "temperature", "learning_rate", "weight_decay", "adam_beta2", "top_p")
+    },
     "feature_layers": (dict(feature_layers=["half"]), "feature_layers: 'half' is not a number; use fractions"),
 }
 CHOICES = {

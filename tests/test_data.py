@@ -1,5 +1,6 @@
 """Tokenised documents against TRL's own SFT batches; masks, splitting, packing, collating; what bad rows get."""
 
+import logging
 import subprocess
 import sys
 import warnings
@@ -173,6 +174,33 @@ def test_long_text_is_split_and_counted():
     assert list(documents["document_id"]) == list(range(len(pieces) + 2))
 
 
+def test_eos_alone_in_the_last_piece_is_trained_on():
+    tokenizer = byte_bpe_tokenizer()
+    whole = tokenizer("the fox sleeps " * 4 + EOS)["input_ids"]
+    with pytest.warns(UserWarning, match="split") as caught:
+        documents = tokenize([{"text": "the fox sleeps " * 4}], tokenizer, max_length=len(whole) - 1)
+    assert documents["input_ids"][:] == [whole[:-1], whole[-2:]]
+    assert documents["loss_mask"][1] == [0, 1]
+    assert len(caught) == 1, "nothing is dropped"
+
+
+def test_short_texts_are_not_said_to_have_a_prompt():
+    with pytest.warns(UserWarning, match=r"1 document\(s\) of fewer than two tokens dropped") as caught:
+        assert len(tokenize([{"text": ""}, {"text": "a fox"}])) == 1
+    assert not any("prompt" in str(warning.message) for warning in caught)
+
+
+def test_long_rows_are_not_said_to_be_too_long_for_the_tokenizer(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = byte_bpe_tokenizer(chat_template=True)
+    tokenizer.model_max_length = 2
+    for rows in (TEXT[:1], PAIRS[:1], CHATS[:1]):
+        tokenize(rows, tokenizer)
+    assert "longer than" not in caplog.text
+    tokenizer(text="the fox sleeps")
+    assert "longer than" in caplog.text, "where it is not silenced"
+
+
 def test_cut_and_dropped_rows_are_counted():
     rows = [
         {"prompt": "the", "completion": " fox" * 20},
@@ -262,6 +290,18 @@ def test_worker_processes_and_tensor_formats_change_nothing():
         ([{"input_ids": [1, 2], "labels": [2, -100]}], {}, "row 0: a label is neither -100 nor"),
         ([{"input_ids": [1, 2], "completion_mask": [1]}], {}, "row 0: `completion_mask` must be a list of integers"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], {}, "row 0: `attention_mask` has zeros"),
+        (
+            [{"input_ids": [1, 2]}, {"input_ids": [1, -1]}],
+            {},
+            "row 1: `input_ids` has -1, but the tokenizer's ids are 0",
+        ),
+        ([{"input_ids": [1, 10**6]}], {}, "row 0: `input_ids` has 1000000"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}],
+            {},
+            "train_dataset, row 0: the chat template cannot render.*`content` a string",
+        ),
+        ([{"messages": [{"role": "user"}]}], {}, "train_dataset, row 0: a message has no `content`"),
         ([{"input_ids": "ab"}], {}, "row 0: `input_ids` must be a list of integers"),
         (TEXT, {"max_length": 1}, "max_length=1: a document needs at least 2 tokens"),
         (TEXT, {"assistant_only_loss": True}, "assistant_only_loss=True, but train_dataset holds no messages"),
@@ -281,8 +321,12 @@ def test_bad_rows_and_options(rows, options, message):
     ("changes", "rows", "message"),
     [
         ({"eos_token": None}, TEXT, "processing_class.eos_token is None"),
-        ({"chat_template": None}, CHATS, "processing_class.chat_template is None.*chat_template_path"),
-        ({"chat_template": None}, CHAT_PAIRS, "processing_class.chat_template is None.*chat_template_path"),
+        ({"chat_template": None}, CHATS, "processing_class.chat_template is None.*use a model with a chat template"),
+        (
+            {"chat_template": None},
+            CHAT_PAIRS,
+            "processing_class.chat_template is None.*use a model with a chat template",
+        ),
         ({"chat_template": UNMARKED_CHAT_TEMPLATE}, CHATS, r"does not mark the assistant.*\{% generation %\}"),
     ],
 )

@@ -139,6 +139,9 @@ def test_a_local_path_wins_over_a_hub_name(tmp_path, monkeypatch):
         ({"a.jsonl": LINES + b'{"text": "\xff"}\n'}, r"a\.jsonl, line 3: not UTF-8"),
         ({"a.csv": b"text\na\n\xff\n"}, r"a\.csv, line 3: not UTF-8"),
         ({"d/a.py": b"a\n", "d/b.py": b"\n\n\xe9 = 1\n"}, r"b\.py, line 3: not UTF-8"),
+        ({"a.jsonl": LINES + b'\n{"text": null}\n'}, r"a\.jsonl, line 4: `text` is null: make it a string"),
+        ({"a.jsonl": b'{"prompt": "a", "completion": 3}\n'}, r"a\.jsonl, line 1: `completion` is int: .* or a list"),
+        ({"a.jsonl": b'{"messages": "hi"}\n'}, r"a\.jsonl, line 1: `messages` is str: make it a list"),
         ({"a.jsonl": b""}, r"a\.jsonl: no rows"),
         ({"a.jsonl": b"\n\n"}, r"a\.jsonl: no rows"),
         ({"a.json": b"[]"}, r"a\.json: no rows"),
@@ -162,6 +165,27 @@ def test_bad_files(tmp_path, files, message):
     name = next(iter(files)).split("/")[0]
     with pytest.raises(ValueError, match=message):
         load_documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_empty_streams(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="no rows"):
+        load_documents(str(tmp_path / name), streaming=True)
+
+
+def test_the_beginning_of_a_streamed_file_is_checked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(LINES + b'{"text": null}\n')
+    with pytest.raises(ValueError, match="line 3: `text` is null"):
+        load_documents(str(path), streaming=True)
+    path.write_bytes(LINES * 500 + b'{"text": null}\n')
+    assert next(iter(load_documents(str(path), streaming=True))) == ROWS[0]
+
+
+def test_the_message_names_the_option(tmp_path):
+    with pytest.raises(ValueError, match="^eval_dataset_name='nosuch.jsonl': no such file"):
+        load_documents("nosuch.jsonl", field="eval_dataset_name")
 
 
 def test_truncated_gzip(tmp_path):

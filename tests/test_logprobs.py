@@ -1,10 +1,12 @@
 """Log-probs of documents and rollouts, and their gradients, against one plain run per rollout; for every family."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -21,6 +23,7 @@ from tiny_models import CONFIGS, FLOAT32_ONLY, tiny_model
 TEMPERATURE = 0.6
 INPUT_IDS, LAYOUT = ragged_batch()
 TOKENS = random_tokens(LAYOUT, 3, 2)
+UNIFORMS = torch.rand(*LAYOUT.expand(len(INPUT_IDS))[0].shape, 2, LAYOUT.completion_length, dtype=torch.float64)
 
 
 class Wrapper(nn.Module):
@@ -311,3 +314,21 @@ def test_copy_of_an_installed_model_has_its_own_weights():
         for parameter in model.parameters():
             parameter.zero_()
     assert all(torch.equal(a, b) for a, b in zip(ours(other), expected, strict=True))
+
+
+def test_unpickled_model_is_taught_again():
+    model = tiny_model()
+    expected = ours(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    rollouts = [sample_rollouts(m, INPUT_IDS, LAYOUT, 2, uniforms=UNIFORMS) for m in (model, loaded)]
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+    assert all(torch.equal(a, b) for a, b in zip(ours(loaded), expected, strict=True))
+
+
+def test_decoder_keeps_a_forward_of_its_own():
+    """Accelerate's hooks (offloading, dispatch over devices) sit there."""
+    model = tiny_model()
+    add_hook_to_module(model.model, ModelHook())
+    forward = vars(model.model)["forward"]
+    assert all(torch.equal(a, b) for a, b in zip(ours(model), ours(tiny_model()), strict=True))
+    assert vars(model.model).get("forward") is forward

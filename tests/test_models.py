@@ -48,6 +48,7 @@ REFUSED = {
     "Llama4Text": "chunked_attention",
     "Gemma3n": "sliding window",
     "Olmo3": "sliding window",
+    "Bert": "it is an encoder",
     "ViT": "no causal language model",
 }
 

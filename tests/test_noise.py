@@ -156,3 +156,26 @@ def test_batch_layout(tmp_path):
     assert torch.equal(batch_layout(batch, moved, "all", step=None).anchors, LAYOUT.anchors)
     firsts = {int(batch_layout(batch, moved, "completion", step=s).anchors[0, 0]) for s in range(20)}
     assert firsts == {4, 5}
+
+
+def test_shifted_blocks_stay_within_their_completion(tmp_path):
+    """Also with several assistant turns in a row, some shorter than the shift."""
+    args = EBFTConfig(
+        str(tmp_path), use_cpu=True, report_to=[], max_length=32, random_anchor_offset=True, **SIZES | dict(stride=6)
+    )
+    turns = [[(3, 7), (9, 12), (13, 21)], [(2, 6), (15, 22)]]  # two turns may touch where a document begins
+    doc_ids = doc_ids_of([[21], [8, 14]], 24)
+    mask = torch.zeros_like(doc_ids, dtype=torch.bool)
+    for row, spans in enumerate(turns):
+        for begin, end in spans:
+            mask[row, begin:end] = True
+    batch = dict(doc_ids=doc_ids, document_ids=torch.tensor([[4, -1], [7, 5]]), completion_mask=mask)
+    seen = set()
+    for step in range(60):
+        layout = batch_layout(batch, args, "completion", step)
+        for row, block in layout.valid.nonzero().tolist():
+            anchor = int(layout.anchors[row, block])
+            own = [span for span in turns[row] if span[0] <= anchor and anchor + SIZES["completion_length"] <= span[1]]
+            assert own, f"block at {anchor} of row {row} lies outside every turn"
+            seen.add((row, own[0]))
+    assert seen == {(row, span) for row, spans in enumerate(turns) for span in spans}

@@ -282,7 +282,7 @@ def test_plan_leaves_nothing_behind(plan):
         (["--model_name_or_path", "endless"], "eos_token"),
         (["--attn_implementation", "flash_attention_2"], "flash_attention_2"),
         (["--dtype", "bfloat16"], "dtype=bfloat16"),
-        (["--feature_model_name_or_path", "other"], "another vocabulary"),
+        (["--feature_model_name_or_path", "other"], "feature_model_name_or_path='other'"),
         (["--feature_model_name_or_path", "alibi"], "ALiBi"),
         (["--feature_layers", "9"], "feature_layers"),
         (["--use_peft", "--lora_target_modules", "nonsense"], "nonsense"),

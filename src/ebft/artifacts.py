@@ -114,7 +114,8 @@ class RunFolder:
         if not (self.path / SETTINGS).exists():
             return
         before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8")) or {}
-        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        keys = {**before, **settings}.keys() - {"output_dir"}  # a folder may move
+        changed = [key for key in sorted(keys) if before.get(key) != settings.get(key)]
         if changed:
             text = ", ".join(f"{key} {before.get(key)} -> {settings.get(key)}" for key in changed)
             warnings.warn(f"resuming with other settings than before: {text}", stacklevel=3)

@@ -79,9 +79,10 @@ class RecordedTrainer(Trainer):
                     f"resume_from_checkpoint='{resume_from_checkpoint}': the run is finished after {step} steps; "
                     "raise max_steps or num_train_epochs to go on."
                 )
-            self.args.eval_on_start = False  # the unbroken run does not evaluate here
         self.accelerator.wait_for_everyone()
         self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False  # the unbroken run does not evaluate here
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.should_save:
             self.create_model_card()
@@ -144,7 +145,9 @@ class RecordedTrainer(Trainer):
         names = sorted(set(gather_object(names))) if self.accelerator.num_processes > 1 else names
         values = torch.stack([torch.as_tensor(self.recorder.sums[n], dtype=torch.float64).cpu() for n in names])
         sums = dict(zip(names, self.sum_over_ranks(values).tolist(), strict=True))
-        out = {name: sums[name] for name in ("loss", "policy_loss", "ce_loss") if name in sums} | means(sums)
+        out = {name: sums[name] for name in ("loss", "policy_loss", "ce_loss", "kl_loss") if name in sums} | means(
+            sums
+        )
         seconds = time.perf_counter() - self._step_started
         tokens = self._step_tokens + sums.get("blocks", 0) * self.args.num_generations * self.args.completion_length
         out |= {"documents_without_block": sums["short"], "num_tokens": self.state.num_input_tokens_seen}

@@ -81,7 +81,7 @@ def install(model: nn.Module) -> PreTrainedModel:
 def _is_installed(lm: PreTrainedModel) -> bool:
     own = vars(lm).get("forward")
     # Unpickled, a model we taught has its class's forward in place of ours.
-    return ORDINARY in vars(lm) and getattr(own, "__func__", own) is not type(lm).forward
+    return ORDINARY in vars(lm) and own is not None and getattr(own, "__func__", own) is not type(lm).forward
 
 
 def _forward_with_signature_of(model_class: type[PreTrainedModel]) -> Callable:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
@@ -44,6 +44,7 @@ GONE = {
     "torch_dtype": "write `dtype`",
     "torchdynamo": "write `torch_compile_backend`",
     "tpu_num_cores": "remove it",
+    "trust_remote_code": "write `model_init_kwargs: {trust_remote_code: true}`",
     "use_ipex": "remove it",
     "use_legacy_prediction_loop": "remove it",
     "use_mps_device": "remove it: the device is found by itself",
@@ -65,11 +66,18 @@ class DataArguments:
         default=False, metadata={"help": "Read the training documents while training, not before."}
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Evaluation documents, if they are not a split of dataset_name."}
+        default=None,
+        metadata={
+            "help": "Evaluation documents, if they are not a split of dataset_name; used once per epoch unless "
+            "eval_strategy says when."
+        },
     )
     eval_split_size: float | None = field(
         default=None,
-        metadata={"help": "Hold out so many training documents (below 1: this share of them) for evaluation."},
+        metadata={
+            "help": "Hold out so many training documents (below 1: this share of them) for evaluation, which is then "
+            "done once per epoch unless eval_strategy says when."
+        },
     )
     num_processes: int = field(
         default=1, metadata={"help": "More than 1 runs the command again under `accelerate launch`."}
@@ -78,11 +86,12 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.num_processes < 1:
             raise ValueError(f"num_processes: got {self.num_processes}; give at least 1")
-        if self.eval_split_size is not None and self.eval_split_size <= 0:
+        size = self.eval_split_size
+        if size is not None and (size <= 0 or (size >= 1 and size != int(size))):
             raise ValueError(
-                f"eval_split_size: got {self.eval_split_size}; give a share between 0 and 1 or a number of documents"
+                f"eval_split_size: got {size}; give a share between 0 and 1 or a whole number of documents"
             )
-        if self.eval_split_size is not None and self.eval_dataset_name is not None:
+        if size is not None and self.eval_dataset_name is not None:
             raise ValueError("eval_split_size, eval_dataset_name: both are given; keep one of them")
 
 
@@ -140,8 +149,7 @@ def read_flags(parser: ArgumentParser, argv: list[str]) -> argparse.Namespace:
         One value per option.
 
     Raises:
-        ValueError: An unknown or dropped option, or a value of the wrong type.
-        OSError: The YAML file cannot be read.
+        ValueError: An unknown or dropped option, a value of the wrong type, or no YAML file.
     """
     config_file = parser.parse_known_args(argv)[0].config
     if config_file is not None:
@@ -167,10 +175,11 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
 
     Raises:
         ValueError: An option is unknown, missing, or has a wrong value.
-        OSError: The YAML file cannot be read.
     """
     parser = ArgumentParser(verb)
     namespace = read_flags(parser, argv)
+    if namespace.eval_strategy == "no" and (namespace.eval_dataset_name or namespace.eval_split_size):
+        argv = [*argv, "--eval_strategy", "epoch"]
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(namespace, name) and (verb, name) != ("plan", "dataset_name"):
             raise ValueError(f"{name}: missing; give `--{name} ...` or set it in the YAML file")
@@ -179,7 +188,18 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
     if namespace.output_dir is None:
         parser.set_defaults(output_dir=default_output_dir(namespace.model_name_or_path, namespace.dataset_name))
     *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return Arguments(*groups)
+    arguments = Arguments(*groups)
+    if not arguments.model.use_peft:
+        _refuse_lora_options(arguments.model)
+    return arguments
+
+
+def _refuse_lora_options(model: ModelArguments) -> None:
+    defaults = ModelArguments()
+    for spec in fields(model):
+        value = getattr(model, spec.name)
+        if spec.name.startswith("lora_") and value != getattr(defaults, spec.name):
+            raise ValueError(f"{spec.name}: got {value} without LoRA, where it does nothing; add --use_peft true")
 
 
 def default_output_dir(model: str, dataset: str) -> str:
@@ -196,6 +216,8 @@ def _read_yaml(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         root, values = yaml.compose(text), yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"config: cannot read {path} ({error.strerror}); give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except yaml.YAMLError as error:
@@ -257,5 +279,5 @@ def _typed(parser: ArgumentParser, name: str, value: Any, text: Any, hint: Any) 
 def _unknown_option(name: str, known: Iterable[str]) -> str:
     if name in GONE:
         return f"{name} no longer exists; {GONE[name]}"
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"unknown option {name}; did you mean {nearest}?"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"unknown option {name}; " + (f"did you mean {nearest[0]}?" if nearest else "see `ebft train --help-all`")

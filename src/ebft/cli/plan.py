@@ -95,7 +95,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
             source = args.feature_model_name_or_path
             network = models.load_feature_network(policy, args, source, tokenizer)
         needed = args.beta and args.rl_coef
-        reference = models.load_reference(policy, args, new_adapter=adapter is not None) if needed else None
+        reference = models.load_reference(policy, new_adapter=adapter is not None) if needed else None
     args.learning_rate = args.learning_rate or models.default_learning_rate(policy)
 
     settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes, "anchors": anchors}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,17 @@ if TYPE_CHECKING:
     from ebft.config import EBFTConfig
     from ebft.trainer import EBFTTrainer
 
+LAUNCHED = "EBFT_LAUNCHED"  # set in the processes of a launcher, which must not start another one
+
 HELP = """\
 usage: ebft train --model_name_or_path MODEL --dataset_name DATA [--option value ...]
        ebft train --config FILE.yaml [--option value ...]
 
 Fine-tunes a causal language model. MODEL is a name on the Hugging Face Hub or a folder; DATA is a name on the Hub, a
 local JSONL, Parquet, CSV or text file, or a folder of them, with a column `text`, `messages`, `prompt` and
-`completion`, or `input_ids`. The model, metrics.jsonl, rollouts/ and resolved_config.yaml are written to --output_dir
-(default: runs/MODEL-DATA). A YAML file holds the same options as flat `name: value` lines; flags override it.
+`completion`, or `input_ids`; a .txt file is one document. The model, metrics.jsonl, rollouts/ and
+resolved_config.yaml are written to --output_dir (default: runs/MODEL-DATA). A YAML file holds the same options as
+flat `name: value` lines; flags override it.
 
 examples:
   ebft train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
@@ -29,18 +33,21 @@ examples:
   ebft train --config recipe.yaml --resume_from_checkpoint last
   ebft train --config recipe.yaml --num_processes 2
 
-often used:
-  --output_dir DIR                 where everything of this run goes
-  --learning_rate 1e-6             --num_train_epochs 1       --max_steps N
-  --per_device_train_batch_size N  documents (not completions) per micro-batch
-  --gradient_accumulation_steps N  micro-batches per update
-  --max_length 1024                tokens per document
+often used, with their defaults:
+  --output_dir DIR                   where everything of this run goes
+  --learning_rate 1e-6               (1e-5 with --use_peft)
+  --num_train_epochs 3               --max_steps N takes its place
+  --per_device_train_batch_size 4    documents (not completions) per micro-batch
+  --gradient_accumulation_steps 4    micro-batches per update
+  --save_steps 500                   updates between checkpoints, from which --resume_from_checkpoint last goes on
+  --max_length 1024                  tokens per document; longer text is split
   --stride 8  --context_length 8  --completion_length 8  --num_generations 4
-  --rl_coef 1  --ce_coef 0.03      weights of feature matching and cross-entropy
-  --eval_strategy steps            with --eval_dataset_name DATA, --eval_split_size 0.05 or a test split
-  --num_processes N                run under `accelerate launch`
+  --rl_coef 1  --ce_coef 0.03        weights of feature matching and cross-entropy
+  --eval_strategy no                 `steps` (with --eval_steps N) and `epoch` evaluate on the test split, or on
+                                     --eval_dataset_name DATA or --eval_split_size 0.05; with these, default: epoch
+  --num_processes 1                  more run under `accelerate launch`
 
-  ebft train --help-all            every option
+  ebft train --help-all              every option
 """
 
 
@@ -54,21 +61,38 @@ def run(argv: list[str]) -> None:
         ValueError: An option, the data or the model cannot be used; the message says which, and what to do.
         OSError: A file or a model cannot be read.
     """
-    from ebft.cli.arguments import ArgumentParser, parse, read_flags
+    from tqdm import tqdm
+
+    from ebft.cli.arguments import ArgumentParser, parse
 
     if "--help-all" in argv:
         ArgumentParser().print_help()
         return
-    num_processes = read_flags(ArgumentParser(), argv).num_processes
-    if num_processes > 1 and "LOCAL_RANK" not in os.environ:
-        _launch(num_processes, argv)
+    environment = dict(os.environ)
     arguments = parse(argv)
     checkpoint = find_checkpoint(arguments.training)
-    trainer = build_trainer(arguments)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    if arguments.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
+    if arguments.data.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
+        _check_inputs(arguments)
+        _launch(arguments, argv, environment)
+    try:
+        trainer = build_trainer(arguments)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if arguments.training.push_to_hub:
+            trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes the terminal's Ctrl-C on, as a second one
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # else it is drawn once more, behind the last word
+        raise KeyboardInterrupt(_how_to_continue(arguments.training)) from None
+
+
+def _how_to_continue(training: EBFTConfig) -> str:
+    from ebft.artifacts import last_complete_checkpoint
+
+    if last_complete_checkpoint(str(training.output_dir)) is None:
+        return f"stopped before the first checkpoint (save_steps={training.save_steps})"
+    return "stopped; continue with --resume_from_checkpoint last"
 
 
 def build_trainer(arguments: Arguments) -> EBFTTrainer:
@@ -155,7 +179,7 @@ def load_datasets(data: DataArguments, evaluate: bool, seed: int):
     if data.eval_dataset_name is not None:
         # A single file has only the split `train`.
         split = "train" if Path(data.eval_dataset_name).is_file() else data.dataset_test_split
-        return train, load_documents(data.eval_dataset_name, split=split)
+        return train, load_documents(data.eval_dataset_name, split=split, field="eval_dataset_name")
     if Path(data.dataset_name).is_file():
         raise ValueError(
             f"eval_strategy: nothing to evaluate on, {data.dataset_name} is one file; give eval_dataset_name, or hold "
@@ -192,15 +216,33 @@ def find_checkpoint(training: EBFTConfig) -> str | None:
     return last
 
 
-def _launch(num_processes: int, argv: list[str]) -> None:
-    """Replace this process by a launcher that runs the same command `num_processes` times."""
+def _check_inputs(arguments: Arguments) -> None:
+    """Find mistakes that cost little to find before several processes report each of them."""
+    from transformers import AutoConfig
+
+    data, training, model, _ = arguments
+    AutoConfig.from_pretrained(str(model.model_name_or_path), **from_pretrained_options(arguments))
+    load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
+
+
+def _launch(arguments: Arguments, argv: list[str], environment: dict[str, str]) -> None:
+    """Replace this process by a launcher that runs the same command `num_processes` times.
+
+    Args:
+        arguments: The parsed options.
+        argv: The words they were parsed from.
+        environment: The variables before parsing, which sets some for one process.
+    """
     import torch
 
+    count, use_cpu = str(arguments.data.num_processes), arguments.training.use_cpu
     # On CPUs `accelerate launch` starts several processes through MPI only; torchrun needs nothing but torch.
-    if torch.accelerator.is_available():
-        launcher = ["accelerate.commands.launch", "--num_processes", str(num_processes)]
+    if torch.accelerator.is_available() and not use_cpu:
+        launcher = ["accelerate.commands.launch", "--num_processes", count]
     else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [sys.executable, "-m", *launcher, "-m", "ebft.cli", "train", *argv]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        # Without a GPU, accelerate joins the processes only where it is told to use CPUs.
+        argv = argv if use_cpu else [*argv, "--use_cpu", "true"]
+    command = [sys.executable, "-m", "ebft.cli.launcher", *launcher, "-m", "ebft.cli", "train", *argv]
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, command, environment | {LAUNCHED: "1"})

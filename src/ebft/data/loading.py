@@ -5,6 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,22 @@ _TEXTS = [
 ]
 _BUILDERS = _TABLES | dict.fromkeys(_TEXTS, "text")
 
+# Column of a format -> its JSON types.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,),
+    "prompt": (str, list),
+    "completion": (str, list),
+    **dict.fromkeys(("messages", "conversations", "input_ids"), (list,)),
+}
+_STREAM_CHECKED = 1000  # rows of each local file that are checked before it is streamed
+
 
 def load_documents(
-    name: str, split: str = "train", config: str | None = None, streaming: bool = False
+    name: str,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    field: str = "dataset_name",
 ) -> "Dataset | IterableDataset":
     """Load a dataset by its Hub name or from local files; a local path wins over a Hub name.
 
@@ -52,8 +66,9 @@ def load_documents(
         name: Hub name, or path of a file or folder.
         split: Split to load, with `datasets`' slices ("train[:1%]"). A single file is the split `train`.
         config: Hub configuration (subset).
-        streaming: Return an `IterableDataset`. Local JSON lines and texts are then read only when they are due, so
-            that errors in them are not found here.
+        streaming: Return an `IterableDataset`. Local files are then read when they are due, so that errors behind
+            the first 1000 rows of a file are not found here.
+        field: The option that `name` comes from, for messages.
 
     Raises:
         ValueError: if nothing of that name exists, the suffix is unknown, files of several kinds or with several
@@ -65,10 +80,10 @@ def load_documents(
     path = Path(name).expanduser()
     source: dict[str, Any] = {"path": name}
     if path.exists():
-        source = _local_source(path, check=not streaming)
+        source = _local_source(path, field, _STREAM_CHECKED if streaming else None)
     elif _looks_like_path(name):
         raise ValueError(
-            f"dataset_name={name!r}: no such file or folder ({path.resolve()}), and not a Hub name either: "
+            f"{field}={name!r}: no such file or folder ({path.resolve()}), and not a Hub name either: "
             "correct the path, or pass 'owner/name' for a dataset of the Hub"
         )
     try:
@@ -76,18 +91,18 @@ def load_documents(
         first = next(iter(dataset), None)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"dataset_name={name!r} is no local file or folder, and the Hub did not give it ({error}): "
+            f"{field}={name!r} is no local file or folder, and the Hub did not give it ({error}): "
             "correct the name, or log in with `hf auth login` if the dataset is private"
         ) from error
     except (DatasetGenerationError, ValueError) as error:
         # `datasets` wraps the error of the row or file that broke it: its cause says more than its own message.
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"dataset_name={name!r}, split={split!r}: {cause} (the split must exist, and all files must be whole and "
+            f"{field}={name!r}, split={split!r}: {cause} (the split must exist, and all files must be whole and "
             "have the same columns and types)"
         ) from error
     if first is None:
-        raise ValueError(f"dataset_name={name!r}: split {split!r} holds no rows: add some, or choose another split")
+        raise ValueError(f"{field}={name!r}: split {split!r} holds no rows: add some, or choose another split")
     return dataset
 
 
@@ -105,20 +120,19 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _BUILDERS else None
 
 
-def _local_source(path: Path, *, check: bool) -> dict[str, Any]:
+def _local_source(path: Path, field: str, limit: int | None) -> dict[str, Any]:
     """Keywords of `load_dataset` for a file or a folder, after a look at what `datasets` would not explain."""
     files = _files_in(path) if path.is_dir() else [path]
     kinds = {kind: file for file in files if (kind := _kind(file))}
     if not kinds:
         found = "holds no file" if path.is_dir() else f"has the suffix {path.suffix!r}, not one"
-        raise ValueError(f"dataset_name={str(path)!r} {found} of a known kind: {', '.join(_BUILDERS)} (or .gz)")
+        raise ValueError(f"{field}={str(path)!r} {found} of a known kind: {', '.join(_BUILDERS)} (or .gz)")
     builders = {_BUILDERS[kind]: file for kind, file in kinds.items()}
     if len(builders) > 1:
         examples = " and ".join(str(file.relative_to(path)) for file in builders.values())
-        raise ValueError(f"dataset_name={str(path)!r} mixes kinds of files ({examples}): pass a folder of one kind")
+        raise ValueError(f"{field}={str(path)!r} mixes kinds of files ({examples}): pass a folder of one kind")
     (builder,) = builders
-    if check:
-        _check(files, builder)
+    _check(files, builder, limit)
     if builder == "text":
         # utf-8-sig also reads plain UTF-8, and takes a byte order mark for what it is.
         return {"path": "text", "data_files": _paths(files), "sample_by": "document", "encoding": "utf-8-sig"}
@@ -139,14 +153,21 @@ def _files_in(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(visible) if _kind(file) and file.name != "README.md"]
 
 
-def _check(files: list[Path], builder: str) -> None:
-    """Stream through the files once: `datasets` names neither the file nor the line of what it cannot read."""
+def _check(files: list[Path], builder: str, limit: int | None) -> None:
+    """Stream through the files once: `datasets` names neither the file nor the line of what it cannot read.
+
+    Args:
+        files: The files.
+        builder: Which builder of `datasets` reads them.
+        limit: Look at so many rows of each file; None for all.
+    """
     if builder == "parquet":
         return
     if builder == "json":
-        rows = _check_json(files)
+        rows = _check_json(files, limit)
     else:
-        rows = sum(1 for file in files for _, line in _numbered_lines(file) if builder == "text" or line.strip())
+        lines = (line for file in files for _, line in islice(_numbered_lines(file), limit))
+        rows = sum(1 for line in lines if builder == "text" or line.strip())
         rows -= len(files) if builder == "csv" else 0  # the headers
     if rows <= 0:
         raise ValueError(f"{', '.join(map(str, files[:3]))}: no rows in {len(files)} file(s): add some")
@@ -170,15 +191,15 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: not a complete gzip file ({error}): compress it again") from error
 
 
-def _check_json(files: Iterable[Path]) -> int:
-    """Count the rows; each must be a JSON object, and all must have the same format columns.
+def _check_json(files: Iterable[Path], limit: int | None) -> int:
+    """Count the rows; each must be a JSON object, and all must have the same format columns, of the right types.
 
     Other columns may come and go: `datasets` fills them with nulls.
     """
     first: tuple[str, set[str]] | None = None
     count = 0
     for file in files:
-        for place, row in _json_rows(file):
+        for place, row in islice(_json_rows(file), limit):
             if not isinstance(row, dict):
                 raise ValueError(f'{place}: {type(row).__name__} where a row such as {{"text": "..."}} is expected')
             columns = FORMAT_COLUMNS & row.keys()
@@ -189,7 +210,19 @@ def _check_json(files: Iterable[Path]) -> int:
                     f"{place} has the columns {sorted(columns)}, but {first[0]} has {sorted(first[1])}: "
                     "give all rows the same format, or train on one file at a time"
                 )
+            _check_types(row, place)
     return count
+
+
+def _check_types(row: dict[str, Any], place: str) -> None:
+    """The columns of the row's format must hold what the format says; `tokenization` looks at them more closely."""
+    formats = (("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+    columns = next((columns for columns in formats if row.keys() >= set(columns)), ())
+    for column in columns:
+        if not isinstance(row[column], _TYPES[column]):
+            kind = "null" if row[column] is None else type(row[column]).__name__
+            wanted = " or ".join({str: "a string", list: "a list"}[wanted] for wanted in _TYPES[column])
+            raise ValueError(f"{place}: `{column}` is {kind}: make it {wanted}, or remove the row")
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:

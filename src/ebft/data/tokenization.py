@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 # What happened to a document, as bits of its `notes`: worker processes and cached results can carry a column, but no
 # counter. The texts are completed with the number of documents.
-_SPLIT, _CUT, _DROPPED, _SHIFTED = 1, 2, 4, 8
+_SPLIT, _CUT, _DROPPED, _SHIFTED, _SHORT = 1, 2, 4, 8, 16
 _NOTES = {
     _SPLIT: "longer than max_length={max_length} split into several documents",
     _CUT: "longer than max_length={max_length} cut at the end: raise max_length to train on all of them",
     _DROPPED: "without a token to train on dropped: the prompt alone fills max_length={max_length}, or there are "
     "fewer than two tokens",
+    _SHORT: "of fewer than two tokens dropped: there is nothing to predict",
     _SHIFTED: "whose tokenised prompt does not begin the tokenised prompt + completion: there the completion starts "
     "where the two part, in a context that does not occur at inference. End prompts on a token boundary, or use a "
     "chat template that renders the prompt the same way in both cases",
@@ -142,8 +143,8 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase", assistant_only_loss: bo
 
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"processing_class.chat_template is None, but {label} holds messages: set chat_template_path to a "
-            "model or Jinja file whose template fits, or give `prompt` and `completion` as strings"
+            f"processing_class.chat_template is None, but {label} holds messages: use a model with a chat "
+            "template, set processing_class.chat_template in Python, or give `prompt` and `completion` as strings"
         )
     if not assistant_only_loss:
         return None
@@ -194,14 +195,16 @@ class _Encoder:
         encoded = self._encode(row, f"{self.label}, row {index}")
         ids, completion_mask, trained = encoded.input_ids, encoded.completion_mask, encoded.trained
         limit = self.max_length
-        starts = range(0, max(len(ids), 1), limit) if encoded.raw else (0,)
+        starts = list(range(0, max(len(ids), 1), limit)) if encoded.raw else [0]
+        if len(starts) > 1 and len(ids) % limit == 1:
+            starts[-1] -= 1  # a last token alone, EOS, is predicted from the one before it, which is not trained again
         documents = []
         for start in starts:
             piece = slice(start, start + limit)
             loss_mask = [0, *trained[piece][1:]]
             notes = _SHIFTED * encoded.shifted
             if not any(loss_mask):
-                notes |= _DROPPED
+                notes |= _SHORT if encoded.raw else _DROPPED
             elif start == 0 and len(ids) > limit:
                 notes |= _SPLIT if encoded.raw else _CUT
             documents.append((ids[piece], completion_mask[piece], loss_mask, notes))
@@ -209,7 +212,7 @@ class _Encoder:
 
     def _encode(self, row: dict[str, Any], place: str) -> "_Encoded":
         if self.format == "tokenized":
-            return _from_tokens(row, self.completion_only_loss, place)
+            return _from_tokens(row, self.completion_only_loss, len(self.tokenizer), place)
         if self.format == "prompt_completion":
             return self._prompt_completion(row, place)
         if self.format == "messages":
@@ -218,8 +221,12 @@ class _Encoder:
         if not isinstance(text, str):
             source = "`text`" if self.formatting_func is None else "the text of formatting_func"
             raise ValueError(f"{place}: {source} is {_describe(text)}: make it a string, or remove the row")
-        ids = self.tokenizer(text=self._with_eos(text))["input_ids"]
+        ids = self._tokens(self._with_eos(text))
         return _Encoded(ids, [1] * len(ids), [1] * len(ids), raw=True)
+
+    def _tokens(self, text: str) -> list[int]:
+        # Not verbose: what is longer than the model's own limit is split or cut later, and said so.
+        return list(self.tokenizer(text=text, verbose=False)["input_ids"])
 
     def _with_eos(self, text: str) -> str:
         eos = str(self.tokenizer.eos_token)
@@ -231,8 +238,7 @@ class _Encoder:
         prompt, completion = row["prompt"], row["completion"]
         assistant = None
         if isinstance(prompt, str) and isinstance(completion, str):
-            prompt_ids = self.tokenizer(text=prompt)["input_ids"]
-            ids = self.tokenizer(text=prompt + self._with_eos(completion))["input_ids"]
+            prompt_ids, ids = self._tokens(prompt), self._tokens(prompt + self._with_eos(completion))
         elif _are_messages(prompt) and _are_messages(completion):
             prompt_ids, _ = self._render(prompt, row, place, add_generation_prompt=True)
             ids, assistant = self._render(
@@ -265,12 +271,23 @@ class _Encoder:
         self, messages: list[dict[str, Any]], row: dict[str, Any], place: str, **options: Any
     ) -> tuple[list[int], list[int] | None]:
         """Token ids of messages and, if asked for, the mask of the assistant's."""
+        from jinja2 import TemplateError
+
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options |= {"chat_template": self.chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
-        rendered: Any = self.tokenizer.apply_chat_template(
-            _chatml(messages), tokenize=True, return_dict=True, **options
-        )
+        options |= {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+        chat = _chatml(messages)
+        for message in chat:
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise ValueError(f"{place}: a message has no `content`: give it one, or remove the row")
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(chat, **options)
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{place}: the chat template cannot render these messages ({error}): make each `content` a string and "
+                "the roles those that the template knows, in its order, or remove the row"
+            ) from error
         assistant = rendered.get("assistant_masks")
         if assistant is not None and 1 not in assistant:
             raise ValueError(
@@ -291,13 +308,19 @@ class _Encoded:
     shifted: bool = False  # the completion does not start where the tokenised prompt ends
 
 
-def _from_tokens(row: dict[str, Any], completion_only_loss: bool, place: str) -> _Encoded:
+def _from_tokens(row: dict[str, Any], completion_only_loss: bool, vocabulary: int, place: str) -> _Encoded:
     """A row that is tokenised already; its masks are what TRL makes of the same columns."""
     ids, mask, labels = row["input_ids"], row.get("completion_mask"), row.get("labels")
     for column in ("input_ids", "completion_mask", "labels", "attention_mask"):
         values = row.get(column, ids)
         if not isinstance(values, list) or len(values) != len(ids) or not all(isinstance(x, int) for x in values):
             raise ValueError(f"{place}: `{column}` must be a list of integers, one per token, is {_describe(values)}")
+    wrong = [token for token in ids if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(
+            f"{place}: `input_ids` has {wrong[0]}, but the tokenizer's ids are 0 to {vocabulary - 1}: tokenise the "
+            "data with the tokenizer of this model"
+        )
     if 0 in row.get("attention_mask", ()):
         raise ValueError(f"{place}: `attention_mask` has zeros: give rows without padding, it is added per batch")
     trained = [1] * len(ids)
@@ -346,7 +369,7 @@ def _number(documents: "Dataset", max_length: int, label: str) -> "Dataset":
         if count := np.count_nonzero(notes & bit):
             warnings.warn(f"{label}: {count} document(s) {text.format(max_length=max_length)}", stacklevel=3)
     documents = documents.remove_columns("notes")
-    kept = np.flatnonzero((notes & _DROPPED) == 0)
+    kept = np.flatnonzero((notes & (_DROPPED | _SHORT)) == 0)
     if len(kept) == 0:
         raise ValueError(
             f"{label}: none of the {len(notes)} documents has a token to train on: raise max_length={max_length} "
@@ -367,7 +390,7 @@ def _keep(notes: int, max_length: int, label: str) -> bool:
     for bit, text in _NOTES.items():
         if notes & bit:
             warnings.warn(f"{label}: some document(s) {text.format(max_length=max_length)}", stacklevel=2)
-    return not notes & _DROPPED
+    return not notes & (_DROPPED | _SHORT)
 
 
 def _index(_: dict[str, Any], index: int) -> dict[str, int]:

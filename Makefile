@@ -4,6 +4,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # Two test processes with one thread each: tiny models gain nothing from more threads.
 PYTEST_ARGS ?= -n 2
+# For instance --overwrite, to run the quickstart once more in the same folder.
+QUICKSTART_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,7 +38,7 @@ format: $(READY)  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 quickstart: $(READY)  ## base model, SFT and EBFT side by side on Python's own source code
-	$(BIN)/python -m ebft.quickstart
+	$(BIN)/python -m ebft.quickstart $(QUICKSTART_ARGS)
 
 clean:  ## remove .venv and everything the tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -43,6 +43,12 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
     return layout
 
 
+def no_rollouts(inputs: dict[str, Any]) -> tuple[Tensor, BlockLayout]:
+    """Tokens [B, 0, 1, G] and layout of a batch that has no blocks, for its cross-entropy alone."""
+    layout = inputs["layout"].select(torch.zeros_like(inputs["layout"].valid))
+    return inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length), layout
+
+
 def completion_borders(completion_mask: Tensor, doc_ids: Tensor) -> tuple[Tensor, Tensor]:
     """First and last token of each run of completion tokens within a document: two BoolTensors [B, P]."""
     inside = completion_mask & (doc_ids >= 0)

@@ -25,7 +25,7 @@ from .config import EBFTConfig
 from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
-from .layouts import batch_layout
+from .layouts import batch_layout, no_rollouts
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .prepare import prepare_datasets
@@ -45,12 +45,6 @@ class StepTotals:
 
     tokens: float
     blocks: float
-
-
-def no_rollouts(inputs: dict[str, Any]) -> tuple[Tensor, BlockLayout]:
-    """Tokens [B, 0, 1, G] and layout of a batch that has no blocks, for its cross-entropy alone."""
-    layout = inputs["layout"].select(torch.zeros_like(inputs["layout"].valid))
-    return inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length), layout
 
 
 class EBFTTrainer(RecordedTrainer):

@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = SMOKE if options.smoke else Sizes()
     chosen = {name: getattr(options, name) for name in ("base_documents", "documents")}
     sizes = replace(sizes, **{name: value for name, value in chosen.items() if value is not None})
-    quiet()
     try:
         report.require_matplotlib()
         prepare_folder(options.output_dir, options.overwrite)
+        quiet()
         run(options.output_dir, sizes, options.seed, options.learning_rate)
     except ValueError as error:
         parser.error(str(error))

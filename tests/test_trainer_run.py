@@ -344,3 +344,18 @@ def test_final_model_and_checkpoint_load_in_plain_transformers(tmp_path):
         first, last = (AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{n}").eval() for n in (1, 2))
         assert torch.equal(last(ids).logits, expected)
         assert not torch.equal(first(ids).logits, expected)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_card_tells_how_to_load_what_is_there(tmp_path, adapted):
+    """After train() alone that is the last checkpoint, after save_model() the folder; peft's own card is replaced."""
+    keywords = {"peft_config": LoraConfig()} if adapted else {}
+    settings = dict(max_steps=1, save_strategy="steps", save_steps=1)
+    run = train(small_model(dtype=torch.float32), ROWS, tmp_path, settings=settings, **keywords)
+    card = (tmp_path / "README.md").read_text()
+    assert f'from_pretrained("{tmp_path}/checkpoint-1")' in card
+    run.trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        card = (folder / "README.md").read_text()
+        assert f'from_pretrained("{folder}")' in card and "tags: [ebft" in card
+        assert ("AutoPeftModelForCausalLM" in card) == adapted

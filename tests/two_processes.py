@@ -64,6 +64,7 @@ def main(folder: Path) -> None:
         run("packed", folder / "poisoned", processes=2, trainer_class=SecondRankPoisoned)
     except FloatingPointError as error:
         (folder / f"error_{dist.get_rank()}.txt").write_text(str(error))
+    dist.barrier()
     dist.destroy_process_group()
 
 

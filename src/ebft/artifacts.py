@@ -158,8 +158,15 @@ def _keep_lines(path: Path, step: int) -> None:
     os.replace(unfinished, path)
 
 
+# transformers' settings that decide the outcome of a run: written even where they are its defaults, which may change.
+DECISIVE = (
+    *("seed", "data_seed", "num_train_epochs", "max_steps", "optim", "adam_beta1", "adam_epsilon", "max_grad_norm"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "train_sampling_strategy", "dataloader_drop_last"),
+)
+
+
 def settings_of(args: EBFTConfig) -> dict[str, Any]:
-    """The settings that make a run what it is: all of ours, and transformers' that differ from its defaults.
+    """The settings that make a run what it is: all of ours, transformers' that decide it or differ from its defaults.
 
     Tokens and keys are left out. The result can be given to `ebft train --config` again.
     """
@@ -170,7 +177,7 @@ def settings_of(args: EBFTConfig) -> dict[str, Any]:
         default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
         if spec.name.endswith("_token") or spec.name in ("local_rank", "resume_from_checkpoint") or not spec.init:
             continue
-        if spec.name in ours or _plain(value) != _plain(default):
+        if spec.name in ours or spec.name in DECISIVE or _plain(value) != _plain(default):
             out[spec.name] = _plain(value)
     return {k: v for k, v in out.items() if v is not None}
 
@@ -233,11 +240,14 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
     for key in ("learning_rate", "eval_loss"):
         metrics |= next((record for record in reversed(history) if key in record), {})
     rows = "\n".join(f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float)))
-    network = ", ".join(f"{k} {v}" for k, v in (feature_network or {"none": "(rl_coef is 0)"}).items())
+    network = feature_network or {"none": "(rl_coef is 0)"}
+    network = ", ".join(f"{k} {v}" for k, v in network.items() if v is not None)
+    holds_model = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    path = folder if holds_model else last_complete_checkpoint(folder) or folder
     loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     text = MODEL_CARD.format(
         library=loader[0],
-        snippet=f'from {loader[0]} import {loader[1]}\nmodel = {loader[1]}.from_pretrained("{name or folder}")',
+        snippet=f'from {loader[0]} import {loader[1]}\nmodel = {loader[1]}.from_pretrained("{name or path}")',
         name=name or folder.name,
         base=base or "a model built in code",
         dataset=dataset or "not recorded",

@@ -53,7 +53,8 @@ class RecordedTrainer(Trainer):
         self.feature_network_record = record
         self.add_callback(FeatureNetworkRecord(record))
         if self.is_world_process_zero():
-            print("Feature network: " + ", ".join(f"{k} {v}" for k, v in record.items()))
+            shown = record | {"sha256": record["sha256"][:12]}
+            print("Feature network: " + ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
@@ -193,11 +194,19 @@ class RecordedTrainer(Trainer):
             "lower learning_rate, or resume from the last checkpoint."
         )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, with our model card beside the weights (peft leaves an empty one)."""
+        super().save_model(output_dir, _internal_call)
+        self._write_card(Path(output_dir or self.output_dir))
+
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-        """Write README.md: base model, feature network, data, settings, last metrics."""
+        """Write README.md into the output folder: base model, feature network, data, settings, last metrics."""
+        self._write_card(self.output_dir, model_name, dataset_name)
+
+    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
         if self.is_world_process_zero():
             write_model_card(
-                self.output_dir,
+                folder,
                 name=model_name,
                 base=self.base_name,
                 dataset=dataset_name or self.run_description.get("dataset_name"),

@@ -31,7 +31,7 @@ from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics,
 from .prepare import prepare_datasets
 from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
 from .rollout import Rollouts, sample_rollouts
-from .support import check_tokenizer
+from .support import check_same_vocabulary, check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class EBFTTrainer(RecordedTrainer):
         check_tokenizer(processing_class, config)
         feature_model = feature_model or args.feature_model_name_or_path
         if isinstance(feature_model, str):
-            models.check_named_feature_model(feature_model, args)
+            check_same_vocabulary(
+                models.check_named_feature_model(feature_model, args), feature_model, config, processing_class
+            )
         elif feature_model is None:
             layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
         train_dataset, eval_dataset, self.anchors = prepare_datasets(

@@ -81,6 +81,8 @@ def _run(run: Callable[[list[str]], None], options: list[str], show_traceback: b
 
     formatwarning, warnings.formatwarning = warnings.formatwarning, _one_line
     # Last in the list, so that it hides no library's own filter; the first process speaks for all of them.
+    # Of transformers' own use of its own names.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     warnings.filterwarnings("once" if _is_first_process() else "ignore", category=UserWarning, append=True)
     try:
         run(options)

@@ -23,7 +23,7 @@ GONE = {
     "fp16_opt_level": "remove it: apex is not supported",
     "fsdp_min_num_params": "write `fsdp_config: {min_num_params: ...}`",
     "fsdp_transformer_layer_cls_to_wrap": "write `fsdp_config: {transformer_layer_cls_to_wrap: ...}`",
-    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "group_by_length": "remove it: documents come in random order, so that a resume is exact",
     "half_precision_backend": "remove it: there is one backend",
     "include_inputs_for_metrics": "write `include_for_metrics: [inputs]`",
     "include_tokens_per_second": "remove it: tokens_per_second is always logged",

@@ -78,8 +78,14 @@ def run(argv: list[str]) -> None:
         trainer = build_trainer(arguments)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        if trainer.is_world_process_zero():
+            print(f"Model, metrics and rollouts are in {arguments.training.output_dir}")
         if arguments.training.push_to_hub:
             trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
+        if trainer.accelerator.num_processes > 1:
+            # A process that leaves while another is still in the group takes that one down.
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.end_training()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes the terminal's Ctrl-C on, as a second one
         for bar in list(getattr(tqdm, "_instances", ())):
@@ -139,12 +145,14 @@ def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
 
 
 def describe(arguments: Arguments) -> dict[str, Any]:
-    """The data and model options that differ from their defaults, for resolved_config.yaml."""
+    """The data and model options that differ from their defaults, and all of an adapter, for resolved_config.yaml."""
+    adapter = ("use_", "lora_") if arguments.model.use_peft else ()
     groups = (arguments.model, arguments.data)
     values = {
         spec.name: (getattr(group, spec.name), spec.default) for group in groups for spec in dataclasses.fields(group)
     }
-    return {name: value for name, (value, default) in values.items() if value != default}
+    shown = {name: value for name, (value, default) in values.items() if value != default or name.startswith(adapter)}
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def load_datasets(data: DataArguments, evaluate: bool, seed: int):

@@ -146,8 +146,6 @@ class EBFTTrainer(RecordedTrainer):
         self.can_return_loss = True
         self._place_frozen_networks()
 
-    # --- construction ---
-
     def _check_precision(self) -> None:
         ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
         if ours != launched:

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 import interrupted
-from ebft import EBFTTrainer
+from ebft import EBFTConfig, EBFTTrainer
 from ebft.layouts import batch_layout
+from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 from training import config, documents, files, read_metrics, small_model, train, trainer
 
@@ -207,3 +208,10 @@ def test_resume_from_an_earlier_checkpoint_is_the_unbroken_run(copy_of_whole, wh
 def test_changed_settings_are_warned_of(copy_of_whole):
     with pytest.warns(UserWarning, match=r"resuming with other settings than before: .*ce_coef 0.3 -> 0.2"):
         interrupted.run("full", copy_of_whole, resume=True, max_steps=7, eval_on_start=True, ce_coef=0.2)
+
+
+def test_evaluation_alone_may_use_workers(tmp_path):
+    """Without a training set nothing is streamed, so there is nothing to refuse."""
+    args = EBFTConfig(str(tmp_path), use_cpu=True, max_length=128, report_to="none", dataloader_num_workers=2)
+    documents = Dataset.from_list([{"text": "the quick brown fox jumps over the lazy dog"}] * 2)
+    EBFTTrainer(small_model(), args, eval_dataset=documents, processing_class=byte_bpe_tokenizer())

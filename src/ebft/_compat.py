@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 # Fields of TrainingArguments that the command line may give as JSON.
@@ -42,6 +43,12 @@ def loss_is_whole_steps(trainer: Trainer) -> None:
     """
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = True
+
+
+def close_progress_bars() -> None:
+    """Close every tqdm bar that is open, whoever opened it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def with_child(module: nn.Module, name: str, child: nn.Module) -> Any:

@@ -130,9 +130,10 @@ class EBFTConfig(TrainingArguments):
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
         super().__post_init__()
         self.learning_rate = None if default_rate else self.learning_rate  # the trainer knows whether there is LoRA
-        if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:
             # Rank 0 could only hand out batches of one length: let every rank read a stream and take its share.
-            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+            accelerator.dispatch_batches = False
         self._check_types()
         self._check_choices()
         self._check_ranges()
@@ -229,7 +230,8 @@ class EBFTConfig(TrainingArguments):
                 f"train_sampling_strategy={self.train_sampling_strategy}: its order is drawn from a stream that "
                 "evaluation and resume disturb: use random or sequential."
             )
-        if not self.accelerator_config.use_seedable_sampler:  # type: ignore[union-attr]
+        accelerator: Any = self.accelerator_config
+        if not accelerator.use_seedable_sampler:
             raise ValueError("accelerator_config.use_seedable_sampler=False: resume would not be exact; leave it on.")
         parallelism = self.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):

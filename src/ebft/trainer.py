@@ -113,7 +113,8 @@ class EBFTTrainer(RecordedTrainer):
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )
-        if not hasattr(train_dataset, "__len__") and args.dataloader_num_workers > 1:
+        streamed = train_dataset is not None and not hasattr(train_dataset, "__len__")
+        if streamed and args.dataloader_num_workers > 1:
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers}: the workers of a streamed dataset would "
                 "number its documents alike, and these numbers seed the rollouts: use 0 or 1."

@@ -61,8 +61,7 @@ def run(argv: list[str]) -> None:
         ValueError: An option, the data or the model cannot be used; the message says which, and what to do.
         OSError: A file or a model cannot be read.
     """
-    from tqdm import tqdm
-
+    from ebft._compat import close_progress_bars
     from ebft.cli.arguments import ArgumentParser, parse
 
     if "--help-all" in argv:
@@ -88,8 +87,7 @@ def run(argv: list[str]) -> None:
             trainer.accelerator.end_training()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes the terminal's Ctrl-C on, as a second one
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # else it is drawn once more, behind the last word
+        close_progress_bars()  # else they are drawn once more, behind the last word
         raise KeyboardInterrupt(_how_to_continue(arguments.training)) from None
 
 

@@ -1,9 +1,11 @@
 """The only file that touches private or version-dependent names of other libraries."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
@@ -56,3 +58,12 @@ def with_child(module: nn.Module, name: str, child: nn.Module) -> Any:
     view = copy.copy(module)
     view._modules = {**module._modules, name: child}
     return view
+
+
+def memory_events(run: Callable[[], Any]) -> list[int]:
+    """Bytes that torch's CPU allocator handed out (positive) and took back (negative) during `run()`, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return [change for _, change in sorted(memory, key=lambda event: event[0])]

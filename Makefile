@@ -6,13 +6,15 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2
 # For instance --overwrite, to run the quickstart once more in the same folder.
 QUICKSTART_ARGS ?=
+# For instance --output runs/benchmarks/mine; `python -m benchmarks --help` has them all.
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format quickstart clean
+.PHONY: help venv test check format quickstart bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +42,10 @@ format: $(READY)  ## let ruff mend what it can
 quickstart: $(READY)  ## base model, SFT and EBFT side by side on Python's own source code
 	$(BIN)/python -m ebft.quickstart $(QUICKSTART_ARGS)
 
+bench: $(READY)  ## what an update costs: published scheme, ours, SFT (CPU, two threads, about eight minutes)
+	$(BIN)/python -m benchmarks --threads 2 --setting qa translation \
+		--sweep max_length num_generations completion_length --sweep_arms ours_reused $(BENCH_ARGS)
+
 clean:  ## remove .venv and everything the tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

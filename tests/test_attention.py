@@ -10,6 +10,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 import oracles
 from ebft import attention
+from ebft import merged as merged_attention_module
 from ebft.attention import BlockPlan, attend, block_attention, enable_block_attention
 from ebft.blocks import BlockLayout
 from ebft.forward import install
@@ -53,11 +54,8 @@ def decoded(tensors, layout: BlockLayout, n: int, window=None, **options):
     steps = []
     for t in range(G if layout.num_blocks else 0):
         plan = BlockPlan(layout, B, n, range(t, t + 1), decoding=True)
-        cache = [
-            torch.cat([x[:, :, :P], own[:, :, : t + 1].flatten(2, 3)], 2)
-            for x, own in zip((key, value), by_step[1:], strict=True)
-        ]
-        steps.append(attend(by_step[0][:, :, t], *cache, plan, window=window, **options))
+        own, document = (x[:, :, : t + 1].flatten(2, 3) for x in by_step[1:]), (key[:, :, :P], value[:, :, :P])
+        steps.append(attend(by_step[0][:, :, t], *own, plan, document, window=window, **options))
     if steps:
         parts.append(torch.stack(steps, 3).flatten(2, 3))
     return torch.cat(parts, 2)
@@ -73,14 +71,18 @@ options = st.fixed_dictionaries(
 
 
 @PROPERTY
-@given(layout=layouts(), n=st.integers(1, 3), keys_per_chunk=st.sampled_from([1, 6, 128]), options=options)
+@given(layout=layouts(), n=st.integers(1, 3), size=st.sampled_from([1, 6, 128]), options=options)
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "chunks"])
 @pytest.mark.parametrize("ours", [packed, decoded])
-def test_cut_attention_is_dense_attention(ours, layout, n, keys_per_chunk, options):
+def test_cut_attention_is_dense_attention(ours, merged, layout, n, size, options):
     tensors, real = states(layout, len(layout.doc_ids), n)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * real[:, None, :, None]
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "KEYS_PER_CHUNK", keys_per_chunk)
+        patch.setattr(attention, "KEYS_PER_CHUNK", size)
+        patch.setattr(merged_attention_module, "QUERIES_PER_CHUNK", size)
+        if not merged:  # what another device, or a softcap, would take
+            patch.setattr(attention, "_can_merge", lambda *args: False)
         for function in (ours, dense):
             out = function(tensors, layout, n, **options)
             results.append([out * (weights != 0), *torch.autograd.grad((out * weights).sum(), tensors)])
@@ -94,6 +96,24 @@ def test_regular_layout(ours):
     tensors, _ = states(layout, 2, 3)
     torch.testing.assert_close(ours(tensors, layout, 3), dense(tensors, layout, 3), rtol=0, atol=1e-12)
     assert BlockPlan(layout, 2, 3, range(4)).document_mask(None) is None, "causal order needs no mask"
+
+
+@pytest.mark.parametrize("ours", [packed, decoded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision_of_merged_attention(ours, dtype):
+    """Against float64: within a few roundings of the type, values and gradients, relative to the largest."""
+    _, layout = ragged_batch()
+    tensors, real = states(layout, 3, 2)
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * real[:, None, :, None]
+    results = []
+    for function, kind in ((ours, dtype), (dense, torch.float64)):
+        rounded = [x.detach().to(dtype).to(kind).requires_grad_() for x in tensors]
+        out = function(rounded, layout, 2)
+        results.append([out * (weights != 0), *torch.autograd.grad((out * weights.to(kind)).sum(), rounded)])
+    for mine, expected in zip(*results, strict=True):
+        assert mine.dtype == dtype
+        error = (mine.double() - expected).abs().max() / expected.abs().max()
+        assert error < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("wrong", ["anchors", "prefix_starts", "doc_ids"])

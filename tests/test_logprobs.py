@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import oracles
-from ebft import logprobs
+from ebft import lm_head
 from ebft.blocks import BlockLayout
 from ebft.forward import causal_lm, install
-from ebft.logprobs import block_log_probs, document_and_block_log_probs, restrict
+from ebft.lm_head import restrict
+from ebft.logprobs import block_log_probs, document_and_block_log_probs
 from ebft.rollout import sample_rollouts
 from ragged import doc_ids_of, ragged_batch, random_tokens
 from tiny_models import CONFIGS, FLOAT32_ONLY, tiny_model
@@ -155,7 +156,7 @@ def test_chunks_of_logits_change_nothing(monkeypatch):
     whole, cut = tiny_model(), tiny_model()
     result = ours(whole)
     expected = gradients(whole, *result)
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 1)
+    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK_ON_CPU", 1)
     rows = []
     hook = cut.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[-2]))
     chunked = ours(cut)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BloomConfig, Qwen2Config
 
-from ebft import BlockLayout, document_and_block_log_probs, planning
-from ebft.attention import KEYS_PER_CHUNK
+from ebft import BlockLayout, document_and_block_log_probs, footprint, planning
 from ebft.cli import main
 from ebft.cli.plan import HELP
 from ebft.sizes import network_shape
@@ -226,20 +225,17 @@ def test_activations_are_what_autograd_keeps(bf16, checkpointing):
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         document_and_block_log_probs(model, documents, tokens, layout)
-    memory = planning.memory(
-        planning.Weights(policy=0, trained=sum(p.numel() for p in model.parameters())),
-        planning.Documents.of_length(128, 8, 8, 8, None).largest_row,
-        1,
+    run = footprint.Footprint(
+        footprint.Weights(policy=0, trained=sum(p.numel() for p in model.parameters())),
         METHOD,
         network_shape(model.base_model),
         bf16=bf16,
         checkpointing=checkpointing,
-        logits_per_chunk=2**25,
-        keys_per_chunk=KEYS_PER_CHUNK,
     )
+    memory = run.memory(planning.Documents.of_length(128, 8, 8, 8, None).largest_row, 1)
     measured, planned = sum(storage.nbytes() for storage in kept.values()), memory["activations"]
     if checkpointing:  # the layer that is being computed again comes on top in the backward
-        planned = 4 * 128 * (4 + 4) * (128 + layout.num_blocks * 4 * 7)
+        planned = 4 * 128 * (4 + footprint.FINAL_HIDDEN) * (128 + layout.num_blocks * 4 * 7)
         assert memory["activations"] > planned
     elif bf16:
         planned += memory["bf16 copies of weights"]
@@ -247,16 +243,44 @@ def test_activations_are_what_autograd_keeps(bf16, checkpointing):
 
 
 def test_time_needs_a_rate(plan):
-    assert plan()["time"]["note"] == "unknown: give --flops"
+    assert plan()["time"]["note"] == "unknown: give --calibrate, or --flops"
     slow, fast = (plan("--flops", rate)["time"] for rate in ("1e12", "2e12"))
     assert slow["seconds per update"]["total"] == 2 * fast["seconds per update"]["total"] > 0
     assert "assumed: matrix products at 1e+12 FLOP/s" in slow["note"]
 
 
+def test_a_batch_that_does_not_fit_is_said_with_what_does(plan):
+    def planned(rows, gib):
+        return plan(
+            "--memory", str(gib), "--per_device_train_batch_size", str(rows), "--gradient_accumulation_steps", "2"
+        )
+
+    room = planned(3, 1)["memory"]["total"] * 1.001 / 2**30
+    fit = planned(8, room)["fit"]
+    assert fit["fits"].startswith("NO: ") and fit["memory taken from"] == "--memory"
+    assert fit["largest that fits"] == 3
+    change = "set per_device_train_batch_size: 2 with gradient_accumulation_steps: 8 (the same update)"
+    assert fit["to make it fit"] == change
+    smaller = planned(2, room)["fit"]
+    assert smaller["fits"].startswith("yes: ") and smaller["to make it fit"] is None
+
+
+def test_room_is_that_of_this_machine(plan):
+    fit = plan()["fit"]
+    assert fit["memory taken from"] == "available RAM" and fit["fits"].startswith("yes: ")
+    assert fit["largest that fits"] > fit["per_device_train_batch_size"] == 4
+
+
+def test_memory_must_be_positive(workplace, capsys):
+    assert main(["plan", *options(), "--memory", "0"]) == 2
+    assert "error: memory: got 0.0; give the memory of one device in GiB" in capsys.readouterr().err
+
+
 def test_tables_show_what_json_says(workplace, capsys):
     assert main(["plan", *options()]) == 0
     text = capsys.readouterr().out
-    for word in ("settings", "tokens per document", "without checkpointing", "KV cache", "give --flops", "[1, 2, 3]"):
+    shown = ("settings", "tokens per document", "without checkpointing", "KV cache", "largest that fits", "or --flops")
+    for word in (*shown, "[1, 2, 3]"):
         assert word in text
 
 
@@ -310,4 +334,4 @@ def test_flops_must_be_positive(workplace, capsys):
 
 
 def test_help_says_how_to_plan_for_a_gpu():
-    assert "--bf16 true --use_cpu" in HELP
+    assert "--bf16 true --use_cpu" in HELP and "--memory 80" in HELP

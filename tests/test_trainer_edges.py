@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 import interrupted
 from ebft import EBFTConfig, EBFTTrainer
 from ebft.layouts import batch_layout
+from ebft.logprobs import document_and_block_log_probs
+from ebft.objective import Objective, StepTotals, block_weights
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 from training import config, documents, files, read_metrics, small_model, train, trainer
@@ -28,7 +30,8 @@ def float32_model(**options):
 # --- precision ---
 
 
-def test_bf16_reaches_the_inner_layers(tmp_path):
+@pytest.mark.parametrize("reuse", [True, False])
+def test_bf16_reaches_the_inner_layers(tmp_path, reuse):
     """Autocast is around our forward, in sampling and in the update; a run in float32 may follow in the process."""
     for bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
         model, seen = float32_model(), set()
@@ -39,8 +42,8 @@ def test_bf16_reaches_the_inner_layers(tmp_path):
                     seen.add((torch.is_grad_enabled(), output.dtype))
 
             layer.register_forward_hook(hook)
-        run = train(model, ROWS, tmp_path / str(bf16), settings=dict(bf16=bf16))
-        assert seen == {(False, expected), (True, expected)}
+        run = train(model, ROWS, tmp_path / str(bf16), settings=dict(bf16=bf16, reuse_sampling_forward=reuse))
+        assert seen == ({(True, expected)} if reuse else {(False, expected), (True, expected)})
         assert all(value.dtype == torch.float32 for value in run.weights[-1].values())
 
 
@@ -107,6 +110,54 @@ def test_arguments_of_another_kind_are_refused(tmp_path):
         EBFTTrainer(float32_model(), TrainingArguments(str(tmp_path), use_cpu=True), train_dataset=ROWS)
 
 
+def test_changed_parts_of_a_step_are_honoured(tmp_path):
+    """A sampler or a policy loss of one's own takes the place of the forward that does all at once."""
+
+    class Mine(EBFTTrainer):
+        def sample(self, inputs, **keywords):
+            drawn = super().sample(inputs, **keywords)
+            return drawn._replace(tokens=torch.full_like(drawn.tokens, 7))
+
+        def compute_policy_loss(self, log_probs, advantages, layout, totals):
+            loss, metrics = super().compute_policy_loss(log_probs, advantages, layout, totals)
+            # Not linear: its slope is that of the log-probs as they are.
+            return loss + log_probs.square().sum(), metrics
+
+    forwards = []
+    for kind in (EBFTTrainer, Mine):
+        model = float32_model()
+
+        def hook(module, args, output, layer=model.model.layers[0].mlp):
+            if module is layer:  # a copy keeps the hook
+                forwards.append(torch.is_grad_enabled())
+
+        model.model.layers[0].mlp.register_forward_hook(hook)
+        ours = trainer(model, ROWS, tmp_path / kind.__name__, trainer_class=kind, settings=dict(learning_rate=1e-4))
+        forwards.clear()
+        ours.train()
+        assert (False in forwards) == (kind is Mine), "only then is there a forward for sampling alone"
+    batch = ours.data_collator(list(ours.train_dataset))
+    batch["layout"] = batch_layout(batch, ours.args, ours.anchors, 0)
+    totals = StepTotals(float((batch["labels"][:, 1:] != -100).sum()), float(batch["layout"].valid.sum()))
+    ours.compute_loss(ours.model, batch, num_items_in_batch=totals).backward()
+    mine = [p.grad.clone() for p in ours.model.parameters()]
+    ours.model.zero_grad()
+    objective = Objective(ours.args, batch, totals, ours.coefficients(), ours.compute_policy_loss)
+    ours._judge(objective, ours.sample(batch))
+    tokens = objective.experience.rollouts.tokens
+    assert (tokens == 7).all()
+    objective(
+        document_and_block_log_probs(ours.model, batch["input_ids"], tokens, batch["layout"], **ours.args.sampling)
+    )[0].backward()
+    for found, p in zip(mine, ours.model.parameters(), strict=True):
+        torch.testing.assert_close(found, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_reused_forward_and_checkpointing_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="reuse_sampling_forward=True.*gradient_checkpointing"):
+        config(tmp_path, reuse_sampling_forward=True, gradient_checkpointing=True)
+
+
 # --- blocks ---
 
 
@@ -123,10 +174,10 @@ def test_drawn_blocks_stand_for_all(tmp_path):
     steps, total = 600, torch.zeros(*batch["input_ids"].shape, dtype=torch.float64)
     for step in range(steps):
         layout = batch_layout(batch, ours.args, ours.anchors, step)
-        weights = ours._block_weights(layout).double()
+        weights = block_weights(layout, ours.args).double()
         assert torch.allclose(weights.sum(-1), counts.double())
         total.scatter_add_(1, layout.anchors, weights * layout.valid)
-        means = per_document._block_weights(layout).double().sum(-1)
+        means = block_weights(layout, per_document.args).double().sum(-1)
         assert torch.allclose(means, (counts > 0).double())
     mean = (total / steps).gather(1, whole.anchors)[whole.valid]
     deviation = (counts.max() / 2 - 1).item() ** 0.5 / steps**0.5  # weight K/2 with probability 2/K

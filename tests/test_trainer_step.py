@@ -146,6 +146,8 @@ CASES = {
         max_grad_norm=0.01, learning_rate=10.0, per_device_train_batch_size=2, gradient_accumulation_steps=4
     ),
     "checkpointing": dict(gradient_checkpointing=True, per_device_train_batch_size=3, gradient_accumulation_steps=3),
+    "two_forwards": dict(reuse_sampling_forward=False, per_device_train_batch_size=3, gradient_accumulation_steps=3),
+    "two_forwards_lora": dict(reuse_sampling_forward=False, adapted=True),
     "checkpointing_lora": dict(gradient_checkpointing=True, adapted=True, packing=True),
     "no_cross_entropy": dict(ce_coef=0.0),
 }

@@ -4,7 +4,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
@@ -64,6 +65,32 @@ def memory_events(run: Callable[[], Any]) -> list[int]:
     """Bytes that torch's CPU allocator handed out (positive) and took back (negative) during `run()`, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    profiler: Any = profiled.profiler
+    events = profiler.kineto_results.events()
     memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     return [change for _, change in sorted(memory, key=lambda event: event[0])]
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `scaled_dot_product_attention` calls on a CPU, which keeps the log-sum-exp of the scores to itself.
+
+    Args:
+        query: [B, H, C, d].
+        key: [B, H, keys, d].
+        value: As `key`.
+        bias: Added to the scores, [B or 1, 1, C, keys].
+        scale: Of the scores.
+
+    Returns:
+        Output [B, H, C, d] and log-sum-exp [B, H, C].
+    """
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return operation(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+
+
+def flash_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of `flash_attention`."""
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return operation(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ._compat import attention_of, set_attention
 from .blocks import BlockLayout
+from .merged import merged_attention
 
 # A chunk's rollouts all see each other's keys before masking, so a larger chunk wastes work and a smaller one has more
 # overhead; about 128 keys are near the best on a CPU.
@@ -32,7 +33,7 @@ PREFIX = "ebft_"  # of the names our attention is registered under
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Chunk:
     """Neighbouring rollouts [first, last), in (block, rollout) order, and their document keys [begin, end)."""
 
@@ -50,8 +51,9 @@ class BlockPlan:
         batch_size: B.
         num_generations: N; 0 for a forward over the documents alone.
         query_steps: Which tokens of each rollout this forward computes: `range(G)`, or `range(t, t + 1)` in decoding.
-        decoding: The documents' and the earlier steps' keys come from a cache, in (step, block, rollout) order; the
-            forward has no document tokens. Otherwise keys and queries are in (block, rollout, step) order.
+        decoding: The forward has no document tokens: the documents' keys, and the earlier steps', come from a
+            `BlockCache`, in (step, block, rollout) order. Otherwise keys and queries are in (block, rollout, step)
+            order.
         device: Where the masks go.
     """
 
@@ -73,23 +75,28 @@ class BlockPlan:
         # Per rollout, [B, R]: where its prefix ends and begins.
         anchors, valid, starts = (x.repeat_interleave(num_generations, 1) for x in layout.expand(batch_size))
         self.anchors, self.prefix_starts = anchors, starts
+        self.valid = valid
         self._masks: dict = {}
-        self.chunks = self._cut(valid) if len(query_steps) else []
+        self._cuts: dict[int, list[Chunk]] = {}
 
-    def _cut(self, valid: Tensor) -> list[Chunk]:
-        num_rollouts = self.anchors.shape[1]
-        size = max(1, KEYS_PER_CHUNK // self.query_steps.stop)
-        chunks = []
-        for first in range(0, num_rollouts, size):
-            last = min(first + size, num_rollouts)
-            used = valid[:, first:last]
-            if used.any():
-                begin = int(self.prefix_starts[:, first:last][used].min())
-                end = int(self.anchors[:, first:last][used].max())
-            else:
-                begin, end = 0, 1
-            chunks.append(Chunk(first, last, begin, end))
-        return chunks
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Pieces whose rollouts see each other's keys before masking."""
+        return self.cut(max(1, KEYS_PER_CHUNK // max(1, self.query_steps.stop)))
+
+    def cut(self, size: int) -> list[Chunk]:
+        """Pieces of `size` rollouts, the last may be smaller."""
+        if size not in self._cuts:
+            firsts = range(0, self.anchors.shape[1] if len(self.query_steps) else 0, size)
+            self._cuts[size] = [self._chunk(first, min(first + size, self.anchors.shape[1])) for first in firsts]
+        return self._cuts[size]
+
+    def _chunk(self, first: int, last: int) -> Chunk:
+        used = self.valid[:, first:last]
+        if not used.any():
+            return Chunk(first, last, 0, 1)
+        begin, end = self.prefix_starts[:, first:last][used].min(), self.anchors[:, first:last][used].max()
+        return Chunk(first, last, int(begin), int(end))
 
     def document_mask(self, window: int | None) -> Tensor | None:
         """BoolTensor [B, 1, P, P], or None where causal order alone is right (padding on the right is never seen)."""
@@ -105,43 +112,74 @@ class BlockPlan:
             self._masks["document", window] = mask.expand(-1 if mask.ndim == 4 else 1, 1, -1, -1).to(self.device)
         return self._masks["document", window]
 
+    def prefix_mask(self, chunk: Chunk, window: int | None) -> Tensor:
+        """BoolTensor [B or 1, 1, C, end - begin]: which of the chunk's document keys its queries see."""
+        key = ("prefix", chunk, window)
+        if key not in self._masks:
+            rollouts = slice(chunk.first, chunk.last)
+            anchors, starts = self.anchors[:, rollouts], self.prefix_starts[:, rollouts]
+            if (anchors == anchors[:1]).all() and (starts == starts[:1]).all():
+                anchors, starts = anchors[:1], starts[:1]  # the regular layout: one mask for all rows
+            anchors, starts = anchors[..., None, None], starts[..., None, None]
+            position = torch.arange(chunk.begin, chunk.end)
+            step = torch.arange(self.query_steps.start, self.query_steps.stop)[:, None]
+            near = _near(anchors + step - position, window)  # [B, rollouts, steps, prefix]
+            mask = (position >= starts) & (position < anchors) & near
+            self._masks[key] = mask.flatten(1, 2)[:, None].to(self.device)
+        return self._masks[key]
+
+    def own_mask(self, window: int | None) -> Tensor:
+        """BoolTensor [steps, own steps]: which of its rollout's own keys a query sees."""
+        step = torch.arange(self.query_steps.start, self.query_steps.stop)
+        return _near(step[:, None] - torch.arange(self.query_steps.stop), window).to(self.device)
+
     def chunk_mask(self, chunk: Chunk, window: int | None) -> Tensor:
         """BoolTensor [B or 1, 1, C, end - begin + own keys]: prefix keys first, then the chunk's own rollouts'."""
-        if (chunk.first, window) not in self._masks:
-            self._masks[chunk.first, window] = self._chunk_mask(chunk, window).to(self.device)
-        return self._masks[chunk.first, window]
+        key = ("chunk", chunk, window)
+        if key not in self._masks:
+            prefix = self.prefix_mask(chunk, window)
+            same = torch.eye(chunk.last - chunk.first, dtype=torch.bool, device=prefix.device)
+            own = same[:, None, :, None] & self.own_mask(window)[:, None, :]  # [rollouts, steps, rollouts, own steps]
+            own = (own.transpose(2, 3) if self.decoding else own).flatten(2).flatten(0, 1)
+            self._masks[key] = torch.cat([prefix, own.expand(len(prefix), 1, -1, -1)], dim=-1)
+        return self._masks[key]
 
-    def _chunk_mask(self, chunk: Chunk, window: int | None) -> Tensor:
-        steps, rollouts = self.query_steps, slice(chunk.first, chunk.last)
-        anchors, starts = self.anchors[:, rollouts], self.prefix_starts[:, rollouts]
-        if (anchors == anchors[:1]).all() and (starts == starts[:1]).all():
-            anchors, starts = anchors[:1], starts[:1]  # the regular layout: one mask for all rows
-        anchors, starts = anchors[..., None, None], starts[..., None, None]
-        query_step = torch.arange(steps.start, steps.stop)
-        key = torch.arange(chunk.begin, chunk.end)
-        distance = anchors + query_step[:, None] - key  # [B, rollouts, steps, prefix]
-        prefix = ((key >= starts) & (key < anchors) & _near(distance, window)).flatten(1, 2)
-
-        rollout = torch.arange(chunk.last - chunk.first)
-        query_rollout, query_step = rollout.repeat_interleave(len(steps)), query_step.repeat(len(rollout))
-        key_step = torch.arange(steps.stop)
-        if self.decoding:
-            key_rollout, key_step = rollout.repeat(steps.stop), key_step.repeat_interleave(len(rollout))
-        else:
-            key_rollout, key_step = rollout.repeat_interleave(steps.stop), key_step.repeat(len(rollout))
-        own = query_rollout[:, None] == key_rollout[None, :]
-        own &= _near(query_step[:, None] - key_step[None, :], window)
-        return torch.cat([prefix, own.expand(prefix.shape[0], -1, -1)], dim=-1)[:, None]
-
-    def chunk_keys(self, states: Tensor, chunk: Chunk) -> Tensor:
-        """A chunk's own keys or values out of `states` [B, H, P + R*S, d], beside the prefix they share."""
-        own = states[:, :, self.prefix_length :]
+    def own_states(self, states: Tensor) -> list[Tensor]:
+        """Each chunk's own keys or values out of those of all rollouts [B, H, R*S, d]."""
+        sizes = [chunk.last - chunk.first for chunk in self.chunks]
         steps = self.query_steps.stop
         if self.decoding:
-            own = own.unflatten(2, (steps, -1))[:, :, :, chunk.first : chunk.last].flatten(2, 3)
-        else:
-            own = own[:, :, chunk.first * steps : chunk.last * steps]
-        return torch.cat([states[:, :, chunk.begin : chunk.end], own], dim=2)
+            return [own.flatten(2, 3) for own in states.unflatten(2, (steps, -1)).split(sizes, dim=3)]
+        return list(states.split([size * steps for size in sizes], dim=2))
+
+
+class BlockCache(DynamicCache):
+    """Keys and values of the documents and, apart from them, of the rollouts' steps so far.
+
+    A layer is handed what it has not got already: in decoding the rollouts' own keys, in (step, block, rollout) order;
+    `documents[layer]` stays where it is, uncopied. Sliding-window layers drop nothing: early anchors need it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.documents: list[tuple[Tensor, Tensor]] = []  # per layer, keys and values [B, H, P, d]
+        self.own: list[tuple[Tensor, Tensor] | None] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Take in a layer's new keys and values; the documents' come first."""
+        new = (key_states, value_states)
+        if layer_idx == len(self.documents):
+            self.documents.append(new)
+            self.own.append(None)
+            return new
+        before = self.own[layer_idx]
+        own = new if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
+        self.own[layer_idx] = own  # type: ignore[assignment]
+        return own
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """P, once the documents have been through the layer."""
+        return self.documents[layer_idx][0].shape[2] if layer_idx < len(self.documents) else 0
 
 
 def _near(distance: Tensor, window: int | None) -> Tensor:
@@ -150,15 +188,24 @@ def _near(distance: Tensor, window: int | None) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, *, scaling=None, window=None, softcap=None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: BlockPlan,
+    document: tuple[Tensor, Tensor] | None = None,
+    *,
+    scaling=None,
+    window=None,
+    softcap=None,
 ) -> Tensor:
     """Attention of one packed forward.
 
     Args:
         query: [B, Q, T, d], T the document's tokens (none in decoding) followed by the rollouts'.
-        key: [B, H, P + R*S, d].
+        key: [B, H, P + R*S, d]; in decoding without the document's [B, H, R*S, d].
         value: As `key`.
         plan: Who attends to whom.
+        document: In decoding, the document's keys and values [B, H, P, d].
         scaling: Of the scores; 1 / sqrt(d) by default.
         window: Sliding window of this layer, or None.
         softcap: Cap of the scores (Gemma 2), or None.
@@ -166,16 +213,34 @@ def attend(
     Returns:
         [B, Q, T, d].
     """
-    P = 0 if plan.decoding else plan.prefix_length
-    parts = []
-    if P:
-        mask = plan.document_mask(window)
-        parts.append(_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P], mask, scaling, softcap))
+    parts, own = [], (key, value)
+    if document is None:
+        # `split`, here and below: the backward of a slice fills a tensor of zeros as large as the whole.
+        P = plan.prefix_length
+        document_query, query = query.split([P, query.shape[2] - P], dim=2)
+        document, own = zip(*(x.split([P, x.shape[2] - P], dim=2) for x in own), strict=True)
+        parts.append(_attention(document_query, *document, plan.document_mask(window), scaling, softcap))
+    if query.shape[2]:
+        if _can_merge(query, value, softcap):
+            parts.append(merged_attention(query, document, own, plan, scaling, window))
+        else:
+            parts.append(_chunked_attention(query, document, own, plan, scaling, window, softcap))
+    return torch.cat(parts, dim=2)
+
+
+def _can_merge(query: Tensor, value: Tensor, softcap) -> bool:
+    return query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]
+
+
+def _chunked_attention(query, document, own, plan: BlockPlan, scaling, window, softcap) -> Tensor:
+    """Attention of the rollouts [B, Q, R*S, d], one dense piece per chunk: any device, any kernel."""
     steps = len(plan.query_steps)
-    for chunk in plan.chunks:
-        chunk_query = query[:, :, P + chunk.first * steps : P + chunk.last * steps]
-        chunk_key, chunk_value = plan.chunk_keys(key, chunk), plan.chunk_keys(value, chunk)
-        parts.append(_attention(chunk_query, chunk_key, chunk_value, plan.chunk_mask(chunk, window), scaling, softcap))
+    queries = query.split([steps * (chunk.last - chunk.first) for chunk in plan.chunks], dim=2)
+    parts = []
+    for chunk, part, *chunk_own in zip(plan.chunks, queries, *(plan.own_states(x) for x in own), strict=True):
+        prefix = (x[:, :, chunk.begin : chunk.end] for x in document)
+        key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, chunk_own, strict=True))
+        parts.append(_attention(part, key, value, plan.chunk_mask(chunk, window), scaling, softcap))
     return torch.cat(parts, dim=2)
 
 
@@ -200,7 +265,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
 
 
 def _forward(
-    ordinary, module, query, key, value, attention_mask, scaling=None, dropout=0.0, block_plan=None, **kwargs
+    ordinary,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    block_plan=None,
+    block_cache=None,
+    **kwargs,
 ):
     """What transformers calls. Returns ([B, T, Q, d], None), as its own attention functions do."""
     if block_plan is None:
@@ -211,7 +286,8 @@ def _forward(
                 f"{type(module).__name__} uses attention with `{name}`, which block rollouts cannot honour."
             )
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    out = attend(query, key, value, block_plan, scaling=scaling, window=window, softcap=softcap)
+    document = block_cache.documents[module.layer_idx] if block_cache is not None and block_plan.decoding else None
+    out = attend(query, key, value, block_plan, document, scaling=scaling, window=window, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

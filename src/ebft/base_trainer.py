@@ -20,6 +20,8 @@ from .artifacts import (
 )
 from .callbacks import FeatureNetworkRecord, StepEnd, StepLine, recorded_feature_network
 from .config import EBFTConfig
+from .features import FeatureNetwork
+from .fitting import MemoryGuard
 from .metrics import means
 from .recorder import StepRecorder
 
@@ -35,12 +37,18 @@ class RecordedTrainer(Trainer):
 
     args: EBFTConfig
     model: nn.Module
+    # Set by the subclass, before it calls ours.
+    anchors: str
+    feature_network: FeatureNetwork | None
+    reference_model: nn.Module | None
 
     def __init__(self, *, base_name: str | None, **kwargs):
         self.base_name = base_name
         self.recorder = StepRecorder()
         self.run_description: dict[str, Any] = {"model_name_or_path": base_name} if base_name else {}
         self.feature_network_record: dict[str, Any] | None = None
+        self.memory = MemoryGuard(kwargs["args"], kwargs["model"], self.feature_network, self.reference_model)
+        self.memory.check_weights()
         super().__init__(**kwargs)
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
@@ -61,7 +69,7 @@ class RecordedTrainer(Trainer):
 
         Raises:
             ValueError: The output folder holds another run, there is nothing to resume, or the run to be resumed had
-                another feature network.
+                another feature network, or memory ran out.
             FloatingPointError: Loss or gradient is not finite; the weights are those before the step.
         """
         if resume_from_checkpoint is True:
@@ -84,7 +92,9 @@ class RecordedTrainer(Trainer):
         self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
         if resume_from_checkpoint:
             self.args.eval_on_start = False  # the unbroken run does not evaluate here
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.memory.check_dataset(self.train_dataset, self.anchors)
+        with self.memory.explained():
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.should_save:
             self.create_model_card()
         return result
@@ -169,6 +179,7 @@ class RecordedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """One micro-batch forward and backward; after the step's last one, the check that all of it is finite."""
+        self.memory.at_work(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             # Before clipping, which makes a gradient of infinite norm one of zeros.

@@ -80,6 +80,12 @@ class EBFTConfig(TrainingArguments):
     max_blocks: int | None = _setting(None, "Random subset of at most so many blocks per document, new at each visit.")
     random_anchor_offset: bool = _setting(False, "Shift the first anchor by a random 0..stride-1 at each visit.")
 
+    reuse_sampling_forward: bool | None = _setting(
+        None,
+        "Take the gradient from the forward that sampled instead of a second one. Default: on the CPU, without "
+        "gradient checkpointing.",
+    )
+
     # --- data ---
     packing: bool = _setting(False, "Pack whole documents into rows of max_length.")
     document_masking: bool = _setting(
@@ -188,7 +194,17 @@ class EBFTConfig(TrainingArguments):
                 f"in max_length={self.max_length}: shorten one of the two or raise max_length."
             )
 
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Gradient checkpointing, by its name before or since transformers 5.23."""
+        return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))
+
     def _check_combinations(self) -> None:
+        if self.reuse_sampling_forward and self.checkpoints_activations:
+            raise ValueError(
+                "reuse_sampling_forward=True keeps the activations that gradient_checkpointing=True would not: "
+                "use one of the two."
+            )
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
         n = self.num_generations

@@ -1,7 +1,8 @@
 """One call of the model for everything: packed rows through the decoder, then whatever is to be read off.
 
 DDP, FSDP, autocast and adapters all hang on the *outermost* module's call. So the innermost causal LM's `forward`
-learns one more argument, `packed`, and the outermost module is called with it (a peft model and DDP pass it down).
+learns one more argument, `packed`, a function of the LM's two parts, and the outermost module is called with it (a
+peft model and DDP pass it down). What the function returns is what the call returns.
 Logits come from the model's own forward with its decoder replaced by given hidden states, so that logit scaling, soft
 caps and biases are those of the model, whatever its family.
 """
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attention import NO_MASK, BlockPlan, enable_block_attention
+from .attention import NO_MASK, BlockCache, BlockPlan, enable_block_attention
 
 ORDINARY = "_ordinary_forward"  # the attribute that keeps the forward of a model we have taught another
 
@@ -35,27 +36,40 @@ class Head:
         """V, columns of the logits."""
         return self.lm.config.get_text_config().vocab_size
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters between hidden rows and logits, those shared with the embeddings among them."""
+        modules = [child for child in self.lm.children() if child is not self.lm.base_model]
+        found = [*self.lm.parameters(recurse=False), *(p for module in modules for p in module.parameters())]
+        return [p for p in dict.fromkeys(found) if p.requires_grad]
+
     def __call__(self, rows: Tensor) -> Tensor:
         """Logits [M, V] of hidden rows [M, H]."""
         with _decoder_returning(self.lm.base_model, self.output_type(last_hidden_state=rows[None])):
             return vars(self.lm)[ORDINARY](inputs_embeds=rows[None], use_cache=False).logits[0]
 
 
-@dataclass(frozen=True, eq=False)
-class PackedForward:
-    """What one packed forward does.
+class Parts:
+    """A causal LM in its two parts, decoder and head, to be run as often as needed within one call of the model."""
 
-    Attributes:
-        plan: Who attends to whom.
-        position_ids: LongTensor [B, T].
-        read: `read(hidden [B, T, H], head)` computes the call's result; `head` maps hidden rows to logits.
-        past_key_values: Cache to read and extend, in sampling.
-    """
+    head: Head  # known after the first call of `hidden`
 
-    plan: BlockPlan
-    position_ids: Tensor
-    read: Callable[[Tensor, Head], Any]
-    past_key_values: Cache | None = None
+    def __init__(self, lm: PreTrainedModel):
+        self.lm = lm
+
+    def hidden(
+        self, input_ids: Tensor, plan: BlockPlan, position_ids: Tensor, cache: BlockCache | None = None
+    ) -> Tensor:
+        """Last hidden states [B, T, H] of packed rows.
+
+        Args:
+            input_ids: LongTensor [B, T].
+            plan: Who attends to whom.
+            position_ids: LongTensor [B, T].
+            cache: To read and extend, in sampling.
+        """
+        output = decode(self.lm.base_model, input_ids, plan, position_ids, cache)
+        self.head = Head(self.lm, type(output))
+        return output.last_hidden_state
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -85,27 +99,21 @@ def _is_installed(lm: PreTrainedModel) -> bool:
 
 
 def _forward_with_signature_of(model_class: type[PreTrainedModel]) -> Callable:
-    """`_forward` under the class's own signature: `generate` reads off it what it may pass, positions among it.
+    """The taught forward under the class's own signature: `generate` reads off it what it may pass.
 
     Not `functools.wraps`: accelerate, when it unwraps a model, would follow `__wrapped__` past us.
     """
 
-    def forward(lm: PreTrainedModel, *args, packed: PackedForward | None = None, **kwargs):
-        return _forward(lm, *args, packed=packed, **kwargs)
+    def forward(lm: PreTrainedModel, *args, packed: Callable[[Parts], Any] | None = None, **kwargs):
+        return vars(lm)[ORDINARY](*args, **kwargs) if packed is None else packed(Parts(lm))
 
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
     return forward
 
 
-def _forward(lm: PreTrainedModel, *args, packed: PackedForward | None = None, **kwargs):
-    if packed is None:
-        return vars(lm)[ORDINARY](*args, **kwargs)
-    input_ids = args[0] if args else kwargs["input_ids"]
-    output = decode(lm.base_model, input_ids, packed.plan, packed.position_ids, packed.past_key_values)
-    return packed.read(output.last_hidden_state, Head(lm, type(output)))
-
-
-def decode(decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids: Tensor, cache=None) -> Any:
+def decode(
+    decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids: Tensor, cache: BlockCache | None = None
+) -> Any:
     """Run the decoder (no LM head) over packed rows; `last_hidden_state` of its output is [B, T, H]."""
     return decoder(
         input_ids=input_ids,
@@ -114,6 +122,7 @@ def decode(decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids:
         past_key_values=cache,
         use_cache=cache is not None,
         block_plan=plan,
+        block_cache=cache,
     )
 
 

@@ -1,23 +1,20 @@
 """Log-probabilities of documents and rollouts in one forward, without ever holding all logits.
 
-Logits are computed only for positions that predict something, a chunk of rows at a time, and again in the backward.
-One document position may predict several things: the document's next token (at temperature 1), and the first token of
-every rollout of the block that starts there (at the sampling temperature): one row of logits serves them all.
+Logits are computed only for positions that predict something, a chunk of rows at a time (`lm_head`). One document
+position may predict several things: the document's next token (at temperature 1), and the first token of every rollout
+of the block that starts there (at the sampling temperature): one row of logits serves them all.
 Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, M rows of logits, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from .attention import BlockPlan
 from .blocks import BlockLayout
-from .forward import Head, PackedForward, at_least_float32, gathered_rows, install
-
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+from .forward import Head, Parts, install
+from .lm_head import Columns, Support, Weighted, head_log_probs, head_weighted_sum
 
 
 class LogProbs(NamedTuple):
@@ -54,21 +51,54 @@ def document_and_block_log_probs(
     Returns:
         Log-probs in nats; float32, or float64 if the model is.
     """
-    install(model)
-    B, K, N, G = tokens.shape
-    device = input_ids.device
-    if document_mask is None:
-        document_mask = _within_documents(layout, B)
-    plan = BlockPlan(layout, B, N if K else 0, range(G - 1), device=device)
-    # A rollout's last token predicts nothing, so it is never fed in.
-    packed_ids = torch.cat([input_ids, tokens[..., :-1].flatten(1)], dim=1)
-    position_ids = _without_last_step(layout.position_ids(N), layout, N).expand(B, -1)
+    rows = Rows(layout, tokens.shape, document_mask, input_ids.device)
+    support = (temperature, top_k, top_p)
 
     def read(hidden: Tensor, head: Head) -> LogProbs:
-        support = (temperature, top_k, top_p)
-        return _read_log_probs(hidden, head, input_ids, tokens, layout, document_mask.to(device), support)
+        groups = zip(rows.hidden(hidden), rows.pick(input_ids[:, 1:], tokens), rows.columns(support), strict=True)
+        return rows.place([head_log_probs(states, ids, head, columns) for states, ids, columns in groups])
 
-    return model(input_ids=packed_ids, packed=PackedForward(plan, position_ids, read))
+    return _packed_forward(model, input_ids, tokens, layout, read)
+
+
+def document_and_block_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    tokens: Tensor,
+    layout: BlockLayout,
+    weights: LogProbs,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    document_mask: Tensor | None = None,
+) -> tuple[Tensor, LogProbs]:
+    """Sum of `weights` times the log-probs of `document_and_block_log_probs`, which come beside it without gradient.
+
+    Any loss that is linear in the log-probs has this form, REINFORCE and cross-entropy among them. With the weights
+    known beforehand the LM head runs once instead of twice.
+
+    Args:
+        model: A causal LM, a peft model around one, or either wrapped by DDP.
+        input_ids: LongTensor [B, P].
+        tokens: LongTensor [B, K, N, G].
+        layout: The blocks.
+        weights: `document` [B, P-1] and `blocks` [B, K, N, G]; constants. Ignored where there is no log-prob.
+        temperature: As there, like `top_k`, `top_p` and `document_mask`.
+        top_k: See `temperature`.
+        top_p: See `temperature`.
+        document_mask: See `temperature`.
+
+    Returns:
+        The sum [] with gradient, and the log-probs.
+    """
+    rows = Rows(layout, tokens.shape, document_mask, input_ids.device)
+    support = (temperature, top_k, top_p)
+
+    def read(hidden: Tensor, head: Head) -> tuple[Tensor, LogProbs]:
+        return rows.weighted_sum(hidden, head, input_ids, tokens, weights, support)
+
+    return _packed_forward(model, input_ids, tokens, layout, read)
 
 
 def block_log_probs(model: nn.Module, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, **support) -> Tensor:
@@ -77,107 +107,106 @@ def block_log_probs(model: nn.Module, input_ids: Tensor, tokens: Tensor, layout:
     return document_and_block_log_probs(model, input_ids, tokens, layout, document_mask=nowhere, **support).blocks
 
 
-def restrict(
-    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, keep: Tensor | None = None
-) -> Tensor:
-    """Logits [M, V] at a temperature, -inf outside the top-k / top-p support; rows of `keep` [M, S] stay inside.
-
-    Sampling and update both go through here, so that a rollout is scored on the support it was drawn from. `keep`
-    holds the drawn tokens: rounding must not push one just outside.
-    """
-    logits = logits / temperature
-    restricted = logits
-    if top_k > 0:
-        restricted = TopKLogitsWarper(top_k)(None, restricted)  # type: ignore[arg-type]
-    if top_p < 1:
-        restricted = TopPLogitsWarper(top_p)(None, restricted)  # type: ignore[arg-type]
-    if keep is None or restricted is logits:
-        return restricted
-    return restricted.scatter(-1, keep, logits.gather(-1, keep))
-
-
 def _within_documents(layout: BlockLayout, batch_size: int) -> Tensor:
     if layout.doc_ids is None:
         return torch.ones(batch_size, layout.length - 1, dtype=torch.bool)
     return (layout.doc_ids[:, 1:] == layout.doc_ids[:, :-1]) & (layout.doc_ids[:, 1:] >= 0)
 
 
-def _without_last_step(position_ids: Tensor, layout: BlockLayout, N: int) -> Tensor:
-    document, blocks = position_ids.split([layout.length, position_ids.shape[-1] - layout.length], dim=-1)
-    blocks = blocks.unflatten(-1, (layout.num_blocks * N, layout.completion_length))[..., :-1].flatten(-2)
-    return torch.cat([document, blocks], dim=-1)
-
-
-def _read_log_probs(hidden, head: Head, input_ids, tokens, layout: BlockLayout, document_mask, support) -> LogProbs:
-    """Read all log-probs off the hidden states [B, P + K*N*(G-1), H] of one packed forward."""
+def _packed_forward(model: nn.Module, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, read) -> Any:
+    """`read(hidden [B, P + K*N*(G-1), H], head)`, of one forward over the documents and their rollouts."""
+    install(model)
     B, K, N, G = tokens.shape
-    P, device = input_ids.shape[1], hidden.device
-    anchors, valid, _ = (x.to(device, non_blocking=True) for x in layout.expand(B))
-    next_ids = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)  # the last column is never read
+    plan = BlockPlan(layout, B, N if K else 0, range(G - 1), device=input_ids.device)
+    # A rollout's last token predicts nothing, so it is never fed in.
+    packed_ids = torch.cat([input_ids, tokens[..., :-1].flatten(1)], dim=1)
+    document, blocks = layout.position_ids(N).split([layout.length, K * N * G], dim=-1)
+    blocks = blocks.unflatten(-1, (K * N, G))[..., :-1].flatten(-2)
+    position_ids = torch.cat([document, blocks], dim=-1).expand(B, -1)
 
-    # Rows of the document that start a block: the next token, and the first token of each of its rollouts.
-    at_anchor = torch.zeros(B, P, dtype=torch.bool, device=device)
-    at_anchor[torch.arange(B, device=device)[:, None].expand_as(anchors)[valid], (anchors - 1)[valid]] = True
-    rows = gathered_rows(hidden, anchors - 1)[valid]
-    targets = torch.cat([next_ids.gather(1, anchors - 1)[..., None], tokens[..., 0]], dim=-1)[valid]
-    started = head_log_probs(rows, targets, head, [((1.0, 0, 1.0), 1), (support, N)])
+    def forward(parts: Parts) -> Any:
+        hidden = parts.hidden(packed_ids, plan, position_ids)
+        return read(hidden, parts.head)
 
-    # The other rows of the document whose next token is wanted. One is kept at all times, with weight zero, so that
-    # every parameter takes part in every rank's backward.
-    rest = torch.zeros_like(at_anchor)
-    rest[:, :-1] = document_mask
-    rest &= ~at_anchor
-    rest[0, 0] |= ~valid.any() & ~document_mask.any()
-    plain = head_log_probs(hidden[:, :P][rest], next_ids[rest][:, None], head, [((1.0, 0, 1.0), 1)])
-
-    following = (
-        hidden[:, P:].unflatten(1, (K, N * (G - 1))) if K and G > 1 else hidden.new_zeros(B, K, 0, hidden.shape[-1])
-    )
-    rows, targets = following[valid].flatten(0, 1), tokens[..., 1:].flatten(2)[valid].flatten()[:, None]
-    continued = head_log_probs(rows, targets, head, [(support, 1)])
-
-    document = started.new_zeros(B, P).masked_scatter(rest, plain[:, 0])
-    document = document.masked_scatter(at_anchor, started[:, 0])[:, :-1]
-    blocks = started.new_zeros(B, K, N, G)
-    first, others = started[:, 1:], continued.view(len(started), N, G - 1)
-    blocks = blocks.masked_scatter(valid[..., None, None], torch.cat([first[..., None], others], dim=-1))
-    return LogProbs(document * document_mask, blocks)
+    return model(input_ids=packed_ids, packed=forward)
 
 
-def rows_per_chunk(head: Head) -> int:
-    """How many rows of logits may be in memory at once."""
-    return max(16, LOGITS_PER_CHUNK // head.vocab_size)
+class Rows:
+    """Which rows of a packed forward's hidden states predict what, in three groups.
 
-
-def head_log_probs(hidden: Tensor, targets: Tensor, head: Head, columns: list[tuple[tuple, int]]) -> Tensor:
-    """Log-probs of several targets per row of hidden states, a chunk of logits at a time.
+    A row that starts a block has 1 + N targets: the document's next token and the first token of each rollout. Then
+    come the other rows of the document whose next token is wanted, and the rollouts' own, with one target each. All
+    of it is known on the CPU, so that no device has to be waited for.
 
     Args:
-        hidden: [M, H].
-        targets: LongTensor [M, S].
-        head: Hidden rows to logits.
-        columns: `((temperature, top_k, top_p), count)` for each run of the S columns.
-
-    Returns:
-        [M, S], float32 or float64. The logits are computed again in the backward instead of being kept.
+        layout: The blocks.
+        shape: Of the rollouts, (B, K, N, G).
+        document_mask: BoolTensor [B, P-1], or None for all tokens within a document.
+        device: Of the hidden states.
     """
 
-    def one_chunk(rows: Tensor, ids: Tensor) -> Tensor:
-        logits = at_least_float32(head(rows))
-        parts = []
-        for (temperature, top_k, top_p), part in zip(
-            (c for c, _ in columns), ids.split([n for _, n in columns], -1), strict=True
-        ):
-            scaled = restrict(logits, temperature, top_k, top_p, keep=part)
-            parts.append(scaled.gather(-1, part) - scaled.logsumexp(-1, keepdim=True))
-        return torch.cat(parts, dim=-1)
+    def __init__(
+        self, layout: BlockLayout, shape: tuple[int, ...], document_mask: Tensor | None, device: torch.device
+    ):
+        (B, K, N, G), P = shape, layout.length
+        self.shape, self.length = shape, P
+        mask = _within_documents(layout, B) if document_mask is None else document_mask.cpu()
+        anchors, valid, _ = layout.expand(B)
+        b, k = valid.nonzero(as_tuple=True)
+        before = anchors[b, k] - 1  # the row of the document that starts the block, [M]
+        rest = torch.zeros(B, P, dtype=torch.bool)
+        rest[:, :-1] = mask
+        rest[b, before] = False
+        # One row is kept at all times, with weight zero, so that every parameter takes part in every rank's backward.
+        rest[0, 0] |= not len(b) and not rest.any()
+        rest_b, rest_p = rest.nonzero(as_tuple=True)
 
-    if not len(hidden):
-        return at_least_float32(hidden.new_zeros(targets.shape))
-    size = rows_per_chunk(head)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([one_chunk(*chunk) for chunk in chunks])
-    return torch.cat(
-        [checkpoint(one_chunk, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    )
+        # Rows are counted in [B, P + K*N*(G-1)], values in [B, P-1] of the documents and on in [B, K, N, G].
+        length, blocks = P + K * N * (G - 1), B * (P - 1)
+        rollout = k[:, None] * N + torch.arange(N)  # [M, N]
+        fed = P + rollout[..., None] * (G - 1) + torch.arange(G - 1)  # [M, N, G-1]
+        scored = blocks + ((b * K * N)[:, None] + rollout)[..., None] * G + torch.arange(G)  # [M, N, G]
+        started = torch.cat([(b * (P - 1) + before)[:, None], scored[..., 0]], dim=-1)
+        plain, continued = (rest_b * (P - 1) + rest_p)[:, None], scored[..., 1:].flatten()[:, None]
+        rows = [b * length + before, rest_b * length + rest_p, ((b * length)[:, None, None] + fed).flatten()]
+        self.rows = [index.to(device, non_blocking=True) for index in rows]
+        self.values = [index.to(device, non_blocking=True) for index in (started, plain, continued)]
+        self.document_mask = mask.to(device, non_blocking=True)
+
+    def columns(self, support: Support) -> list[Columns]:
+        """On which support each group's targets are scored: the documents' at temperature 1."""
+        everything: Support = (1.0, 0, 1.0)
+        return [[(everything, 1), (support, self.shape[2])], [(everything, 1)], [(support, 1)]]
+
+    def hidden(self, hidden: Tensor) -> list[Tensor]:
+        """Hidden states of each group's rows, each [M, H]; `hidden` [B, P + K*N*(G-1), H]."""
+        return [hidden.flatten(0, 1).index_select(0, rows) for rows in self.rows]
+
+    def pick(self, document: Tensor, blocks: Tensor) -> list[Tensor]:
+        """Values of each group's targets, each [M, S], out of `document` [B, P-1] and `blocks` [B, K, N, G]."""
+        values = torch.cat([document.flatten(), blocks.flatten()])
+        return [values[index] for index in self.values]
+
+    def place(self, groups: list[Tensor]) -> LogProbs:
+        """The groups' values [M, S] where they belong, zeros elsewhere."""
+        B, K, N, G = self.shape
+        document, blocks = B * (self.length - 1), B * K * N * G
+        index, found = (torch.cat([x.flatten() for x in parts]) for parts in (self.values, groups))
+        document, blocks = found.new_zeros(document + blocks).scatter(0, index, found).split([document, blocks])
+        return LogProbs(document.view(B, -1) * self.document_mask, blocks.view(self.shape))
+
+    def weighted_sum(
+        self,
+        hidden: Tensor,
+        head: Head,
+        input_ids: Tensor,
+        tokens: Tensor,
+        weights: LogProbs,
+        support: Support,
+    ) -> tuple[Tensor, LogProbs]:
+        """Sum of `weights` times the log-probs, with gradient, and the log-probs without."""
+        slopes = self.pick(weights.document.detach() * self.document_mask, weights.blocks.detach())
+        targets = self.pick(input_ids[:, 1:], tokens)
+        groups = zip(self.hidden(hidden), targets, slopes, self.columns(support), strict=True)
+        total, log_probs = head_weighted_sum([Weighted(*group) for group in groups], head)
+        return total, self.place(log_probs)

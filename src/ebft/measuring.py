@@ -1,5 +1,6 @@
 """Measures a machine and what runs on it: seconds, peak memory of tensors, rate of matrix products."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     On a CPU it follows every allocation (and slows `run` down); elsewhere it asks the allocator. Pages, fragments and
     the process itself are not counted.
     """
+    gc.collect()  # what earlier runs left in cycles must not be freed, and counted, in this one
     if device.type != "cpu":
         allocator: Any = torch.get_device_module(device)
         allocator.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What a run costs before it starts: updates, token-forwards, floating-point operations, bytes. Pure arithmetic.
+"""What a run costs before it starts: updates, token-forwards, floating-point operations. Pure arithmetic.
 
 A token-forward is one token going once through all layers of the policy; unlike seconds, it does not depend on the
 machine.
@@ -8,10 +8,6 @@ Shape letters: P document tokens, K blocks, N rollouts, G generated tokens.
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
-
-FLOAT32, BFLOAT16 = 4, 2  # bytes
-ADAMW = 2 * FLOAT32  # both moments, per trained parameter
-LOGITS_COPIES = 5  # float32 copies of a chunk of logits that are alive at once in its backward
 
 
 class Work(NamedTuple):
@@ -36,21 +32,28 @@ class Documents:
 
     Attributes:
         sizes: One `Work` per document.
-        rows: Rows of the dataset (documents, or several of them packed); None if it cannot be counted.
-        largest_row: The largest tokens, blocks, prefixes and pairs of a row, each by itself.
+        row_sizes: One per row of the dataset (a document, or several of them packed); None if it cannot be counted.
     """
 
     sizes: list[Work]
-    rows: int | None
-    largest_row: Work
+    row_sizes: list[Work] | None
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the dataset; None if it cannot be counted."""
+        return None if self.row_sizes is None else len(self.row_sizes)
+
+    @property
+    def largest_row(self) -> Work:
+        """The largest tokens, blocks, prefixes and pairs of a row, each by itself."""
+        return Work(*map(max, zip(*(self.row_sizes or self.sizes), strict=True)))
 
     @classmethod
     def of_length(cls, length: int, stride: int, context_length: int, completion_length: int, max_blocks: int | None):
         """Documents of one length with blocks all over, of which nobody knows how many there are."""
         blocks = max(0, (length - completion_length - context_length) // stride + 1)
         prefixes = blocks * context_length + stride * blocks * (blocks - 1) / 2
-        size = limited(Work(length, blocks, prefixes, length * (length + 1) / 2), max_blocks)
-        return cls([size], None, size)
+        return cls([limited(Work(length, blocks, prefixes, length * (length + 1) / 2), max_blocks)], None)
 
     def step(self, rows_per_step: int) -> tuple[float, Work]:
         """Documents of an average optimiser step, and their sums."""
@@ -168,96 +171,3 @@ def operations(
     # Every chunk of logits is computed again in the backward, checkpointing or not.
     head = (3 + (method.trained == 1)) * policy.head(work.tokens + decoded)
     return stages | {"update": method.passes(checkpointing) * layers + head}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes and counts of what stays on the device all the time.
-
-    Attributes:
-        policy: Bytes of all its parameters.
-        trained: Number of trained parameters; they are float32.
-        feature: Bytes of the feature network, if it does not share the policy's.
-        reference: Bytes of the initial policy, if it does not share the policy's.
-    """
-
-    policy: float
-    trained: int
-    feature: float = 0
-    reference: float = 0
-
-
-def memory(
-    weights: Weights,
-    micro_batch: Work,
-    batch_size: int,
-    method: Method,
-    policy: Network,
-    *,
-    bf16: bool,
-    checkpointing: bool,
-    processes: int = 1,
-    logits_per_chunk: int,
-    keys_per_chunk: int,
-) -> dict[str, float]:
-    """Bytes on one device by item, at the largest micro-batch.
-
-    Sampling, with its cache, and update, with its activations, follow each other: only the larger is in the total.
-
-    Args:
-        weights: What stays all the time.
-        micro_batch: The largest row; every row of the batch is padded to it.
-        batch_size: Rows.
-        method: Of the run.
-        policy: Its shape.
-        bf16: Autocast.
-        checkpointing: Keep only the input of each layer, and compute the rest again.
-        processes: With more than one, gradients are copied into buckets to be summed.
-        logits_per_chunk: Elements of the logits that are computed at a time.
-        keys_per_chunk: Own keys of the rollouts that are attended together with one copy of their prefix.
-    """
-    compute = BFLOAT16 if bf16 else FLOAT32
-    tokens = batch_size * (micro_batch.tokens + method.decoded(micro_batch.blocks))
-    held = {
-        "weights": weights.policy,
-        "bf16 copies of weights": BFLOAT16 * weights.trained if bf16 else 0,
-        "gradients": FLOAT32 * weights.trained * (1 if processes == 1 else 2),
-        "AdamW state": ADAMW * weights.trained,
-        "feature network": weights.feature,
-        "reference model": weights.reference,
-    }
-    logits = LOGITS_COPIES * FLOAT32 * min(logits_per_chunk, tokens * policy.vocabulary)
-    cache = 2 * compute * policy.layers * policy.keys * tokens if micro_batch.blocks else 0
-    layer = tokens * _kept_per_token(policy, bf16)
-    layer += batch_size * _kept_per_row(micro_batch, method, policy, compute, keys_per_chunk)
-    inputs = tokens * FLOAT32 * policy.hidden
-    activations = layer + inputs * policy.layers if checkpointing else layer * policy.layers
-    activations += 4 * inputs  # the final norm's, and the rows the LM head reads
-    total = sum(held.values()) + logits + max(cache, activations)
-    return held | {"activations": activations, "logits chunk": logits, "KV cache": cache, "total": total}
-
-
-def _kept_per_token(network: Network, bf16: bool) -> float:
-    """Bytes that one layer keeps per token for its backward: what autograd saves in a Llama layer.
-
-    Both norms keep their input and its normalised form in float32. Under autocast q, k, v, gate and up cast their
-    input each for itself. Attention keeps queries, keys and values, and its output as it comes and as it is projected.
-    """
-    compute, casts = (BFLOAT16, 5) if bf16 else (FLOAT32, 2)
-    norms = 2 * 2 * FLOAT32 * network.hidden + casts * compute * network.hidden
-    attention = compute * (4 * network.queries + 2 * network.keys)
-    return norms + attention + 4 * compute * network.inner
-
-
-def _kept_per_row(row: Work, method: Method, network: Network, compute: int, keys_per_chunk: int) -> float:
-    """Bytes that one layer keeps per row for what its rollouts share.
-
-    Each chunk of rollouts copies the keys and values of its prefix, and has a mask (equal rows share it, which is not
-    counted on here).
-    """
-    decoded = method.decoded(row.blocks)
-    if not decoded:
-        return 0.0
-    keys = row.prefixes / row.blocks + keys_per_chunk  # that a chunk of rollouts sees
-    copies = 2 * network.keys * keys * decoded / keys_per_chunk
-    return compute * (copies + keys * decoded * network.queries / network.keys)

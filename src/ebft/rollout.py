@@ -4,16 +4,19 @@ The document is run once; its keys and values serve all K*N rollouts. Then all r
 time. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from .attention import BlockPlan
+from .attention import BlockCache, BlockPlan
 from .blocks import BlockLayout
-from .forward import Head, PackedForward, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install
-from .logprobs import restrict, rows_per_chunk
+from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install
+from .lm_head import Support, restrict, rows_per_chunk
+from .logprobs import LogProbs, Rows
+
+LOWEST = -1e4  # log-prob in place of -inf, where the probability is 0 anyway
 
 
 class Rollouts(NamedTuple):
@@ -62,45 +65,113 @@ def sample_rollouts(
     Raises:
         ValueError: A number is out of range.
     """
-    _check(temperature, top_k, top_p, num_generations)
+    uniforms = _prepared(input_ids, layout, num_generations, (temperature, top_k, top_p), generator, uniforms)
+
+    def run(parts: Parts) -> Rollouts:
+        return _decode(parts, input_ids, layout, uniforms, (temperature, top_k, top_p))[0]
+
     install(model)
-    B, K, N, G = input_ids.shape[0], layout.num_blocks, num_generations, layout.completion_length
-    device = input_ids.device
-    if uniforms is None:
-        uniforms = torch.rand(B, K, N, G, generator=generator)
-    uniforms = uniforms.to(device)
-    support = (temperature, top_k, top_p)
-    cache = DynamicCache()  # without the config: sliding-window layers would drop keys that early anchors need
-
-    def forward(ids: Tensor, plan: BlockPlan, positions: Tensor, read) -> Rollouts:
-        packed = PackedForward(plan, positions.expand(B, -1), read, past_key_values=cache)
-        return model(input_ids=ids, packed=packed)
-
-    positions = layout.position_ids(1).expand(B, -1)
-    document_positions, first_positions = positions[:, : layout.length], positions[:, layout.length :: G]
-    anchors, valid, _ = (x.to(device) for x in layout.expand(B))
-
-    def read_first(hidden: Tensor, head: Head) -> Rollouts:
-        rows = gathered_rows(hidden, anchors - 1).flatten(0, 1)
-        return Rollouts(*(x.view(B, K, N) for x in _draw(rows, head, uniforms[..., 0].flatten(0, 1), support)))
-
-    def read_next(hidden: Tensor, head: Head, step: int) -> Rollouts:
-        noise = uniforms[..., step].flatten()[:, None]
-        return Rollouts(*(x.view(B, K, N) for x in _draw(hidden.flatten(0, 1), head, noise, support)))
-
     with evaluation_mode(causal_lm(model)):
-        drawn = [forward(input_ids, BlockPlan(layout, B, 0, range(0), device=device), document_positions, read_first)]
-        for step in range(1, G if K else 1):
-            plan = BlockPlan(layout, B, N, range(step - 1, step), decoding=True, device=device)
-            ids = drawn[-1].tokens.flatten(1)
-            at = (first_positions + step - 1).repeat_interleave(N, dim=1)
-            drawn.append(forward(ids, plan, at, lambda hidden, head, step=step: read_next(hidden, head, step)))
+        return model(input_ids=input_ids, packed=run)
+
+
+def sample_and_sum(
+    model: nn.Module,
+    input_ids: Tensor,
+    layout: BlockLayout,
+    num_generations: int,
+    weigh: Callable[[Rollouts], LogProbs],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    document_mask: Tensor | None = None,
+) -> tuple[Tensor, LogProbs, Rollouts]:
+    """`sample_rollouts` and then `document_and_block_loss` of them, in one forward instead of two.
+
+    The policy does not change between sampling and its gradient, so the forward that draws the tokens can carry the
+    gradient too; it is kept in memory until the backward, as any forward is. Activation checkpointing is off inside:
+    it would run every step of the decoding again.
+
+    Args:
+        model: A causal LM, a peft model around one, or either wrapped by DDP; it is called once.
+        input_ids: LongTensor [B, P].
+        layout: The blocks; at least one.
+        num_generations: N.
+        weigh: Given the rollouts, the weights of all log-probs: those of `document_and_block_loss`.
+        temperature: As in `sample_rollouts`; not 0.
+        top_k: As there.
+        top_p: As there.
+        generator: As there.
+        uniforms: As there.
+        document_mask: As in `document_and_block_log_probs`.
+
+    Returns:
+        The weighted sum of the log-probs [] with gradient; the log-probs and the rollouts, without.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    support = (temperature, top_k, top_p)
+    uniforms = _prepared(input_ids, layout, num_generations, support, generator, uniforms)
+    rows = Rows(layout, tuple(uniforms.shape), document_mask, input_ids.device)
+
+    def run(parts: Parts) -> tuple[Tensor, LogProbs, Rollouts]:
+        rollouts, hidden = _decode(parts, input_ids, layout, uniforms, support)
+        with torch.no_grad():
+            weights = weigh(rollouts)
+        return *rows.weighted_sum(hidden, parts.head, input_ids, rollouts.tokens, weights, support), rollouts
+
+    install(model)
+    with evaluation_mode(causal_lm(model)):
+        return model(input_ids=input_ids, packed=run)
+
+
+def _prepared(input_ids, layout: BlockLayout, N: int, support: Support, generator, uniforms: Tensor | None) -> Tensor:
+    """The noise [B, K, N, G] on the documents' device, once all numbers are found to be in range."""
+    temperature, top_k, top_p = support
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative: use a positive one, or 0 for greedy tokens.")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} is negative: use 0 to keep all tokens.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 keeps all tokens.")
+    if N < 1:
+        raise ValueError(f"num_generations={N} must be at least 1.")
+    if uniforms is None:
+        uniforms = torch.rand(len(input_ids), layout.num_blocks, N, layout.completion_length, generator=generator)
+    return uniforms.to(input_ids.device, non_blocking=True)
+
+
+def _decode(
+    parts: Parts, input_ids: Tensor, layout: BlockLayout, uniforms: Tensor, support: Support
+) -> tuple[Rollouts, Tensor]:
+    """Rollouts, and the hidden states [B, P + K*N*(G-1), H] that they and the documents went through."""
+    (B, K, N, G), P, device = uniforms.shape, layout.length, input_ids.device
+    cache = BlockCache()
+    positions = layout.position_ids(1).expand(B, -1)
+    anchors, valid, _ = (x.to(device, non_blocking=True) for x in layout.expand(B))
+
+    document = parts.hidden(input_ids, BlockPlan(layout, B, 0, range(0), device=device), positions[:, :P], cache)
+    before = gathered_rows(document, anchors - 1).flatten(0, 1)  # a row for all rollouts of a block
+    drawn = [_draw(before, parts.head, uniforms[..., 0].flatten(0, 1), support)]
+    hidden = []
+    for step in range(1, G if K else 1):
+        plan = BlockPlan(layout, B, N, range(step - 1, step), decoding=True, device=device)
+        at = (positions[:, P::G] + step - 1).repeat_interleave(N, dim=1)
+        hidden.append(parts.hidden(drawn[-1][0].view(B, K * N), plan, at, cache))
+        drawn.append(_draw(hidden[-1].flatten(0, 1), parts.head, uniforms[..., step].flatten()[:, None], support))
+    steps = (torch.stack([x.view(B, K, N) for x in kind], dim=-1) for kind in zip(*drawn, strict=True))
+    rollouts = Rollouts(*(x * valid[..., None, None] for x in steps))
     if not K:
-        return Rollouts(*(x.new_zeros(B, 0, N, G) for x in drawn[0]))
-    return Rollouts(*(torch.stack(x, dim=-1) * valid[..., None, None] for x in zip(*drawn, strict=True)))
+        return Rollouts(*(x.new_zeros(B, 0, N, G) for x in rollouts)), document
+    return rollouts, torch.cat([document, torch.stack(hidden, dim=2).flatten(1, 2)], dim=1) if hidden else document
 
 
-def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: tuple[float, int, float]) -> list[Tensor]:
+@torch.no_grad()
+def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support) -> list[Tensor]:
     """Draw S tokens from each row of hidden states: rows [M, H], uniforms [M, S] -> three [M, S].
 
     One uniform per token and a search in the cumulative distribution: `torch.multinomial` would draw noise for the
@@ -108,33 +179,24 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: tuple[float, int,
     """
     temperature, top_k, top_p = support
     parts = []
-    size = rows_per_chunk(head)
+    size = rows_per_chunk(head, rows.device)
     for hidden, noise in zip(rows.split(size), uniforms.split(size), strict=True):
         logits = restrict(at_least_float32(head(hidden)), temperature or 1.0, top_k, top_p)
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
+        # -sum p log p; outside the support p is 0 and log p is not finite.
+        finite = log_probs.clamp(min=LOWEST) if top_k or top_p < 1 else log_probs
+        entropy = -torch.linalg.vecdot(probs, finite)[:, None].expand_as(noise)
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True).expand_as(noise)
         else:
-            cumulative = probs.cumsum(-1)
+            cumulative = torch.cumsum(probs, -1, out=probs)
             total = cumulative[:, -1:]
             # Rounded up to the total, a number just below 1 would draw the last token, however unlikely that one is.
             below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
             tokens = torch.searchsorted(cumulative, below, right=True)
             tokens = tokens.clamp(max=logits.shape[-1] - 1)
-        entropy = torch.special.entr(probs).sum(-1, keepdim=True).expand_as(noise)
         parts.append((tokens, log_probs.gather(-1, tokens), entropy))
     if not parts:
         return [uniforms.long(), uniforms.float(), uniforms.float()]
     return [torch.cat(x) for x in zip(*parts, strict=True)]
-
-
-def _check(temperature: float, top_k: int, top_p: float, num_generations: int) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative: use a positive one, or 0 for greedy tokens.")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} is negative: use 0 to keep all tokens.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]; 1 keeps all tokens.")
-    if num_generations < 1:
-        raise ValueError(f"num_generations={num_generations} must be at least 1.")

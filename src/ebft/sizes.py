@@ -4,16 +4,21 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from .attention import KEYS_PER_CHUNK
 from .config import EBFTConfig
 from .data import BlockCollator
 from .features import FeatureNetwork, layer_list
+from .footprint import Footprint, Weights
+from .forward import causal_lm
 from .layouts import batch_layout
-from .planning import Documents, Network, Weights, Work, limited
+from .lm_head import logits_per_chunk
+from .planning import Documents, Method, Network, Work, limited
 
 DOCUMENTS_AT_A_TIME = 64
 
@@ -29,7 +34,7 @@ def survey(rows, args: EBFTConfig, anchors: str) -> Documents:
     Returns:
         Sizes without blocks if rl_coef is 0.
     """
-    collate, sizes, largest = BlockCollator(0, args.document_masking), [], Work(0, 0, 0, 0)
+    collate, sizes, row_sizes = BlockCollator(0, args.document_masking), [], []
     starts = range(0, len(rows), DOCUMENTS_AT_A_TIME)
     for start in track(starts, "Counting blocks", console=Console(file=sys.stderr), transient=True):
         batch = collate([rows[i] for i in range(start, min(start + DOCUMENTS_AT_A_TIME, len(rows)))])
@@ -46,9 +51,21 @@ def survey(rows, args: EBFTConfig, anchors: str) -> Documents:
         for row in torch.stack(columns, dim=-1).tolist():
             found = [Work(P, K, prefixes, P * (P + 1) / 2) for P, K, prefixes in row if P]
             found = [limited(size, args.max_blocks if args.rl_coef else 0) for size in found]
-            largest = Work(*map(max, largest, map(sum, zip(*found, strict=True))))
+            row_sizes.append(Work(*map(sum, zip(*found, strict=True))))
             sizes += found
-    return Documents(sizes, len(rows), largest)
+    return Documents(sizes, row_sizes)
+
+
+def longest_row(rows, args: EBFTConfig, anchors: str) -> Work:
+    """Size of the longest row of a tokenised dataset: tokens, blocks and what goes with them."""
+    longest, index, start = 0, 0, 0
+    for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+        lengths = pc.list_value_length(batch["input_ids"]).to_pylist()  # type: ignore[attr-defined]
+        if max(lengths) > longest:
+            longest = max(lengths)
+            index = start + lengths.index(longest)
+        start += len(lengths)
+    return survey([rows[index]], args, anchors).largest_row
 
 
 def network_shape(decoder: nn.Module) -> Network:
@@ -84,6 +101,55 @@ def trained_share(decoder: nn.Module) -> float:
     return sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
 
 
+def run_method(args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | None, reference: nn.Module | None):
+    """What of a run's settings decides the cost of a document."""
+    layers = 1 if network is None else network.decoder.config.get_text_config().num_hidden_layers  # type: ignore
+    return Method(
+        rollouts=args.num_generations,
+        completion_length=args.completion_length,
+        reference=reference is not None,
+        feature_depth=0 if network is None else max(network.layer_indices) / layers,
+        trained=trained_share(causal_lm(policy).base_model),
+    )
+
+
+def run_footprint(
+    args: EBFTConfig,
+    policy: nn.Module,
+    network: FeatureNetwork | None,
+    reference: nn.Module | None,
+    *,
+    processes: int = 1,
+    frozen: float | None = None,
+    device: torch.device | None = None,
+) -> Footprint:
+    """What a run holds in memory.
+
+    Args:
+        args: Its settings.
+        policy: The model to train.
+        network: The feature network, or None.
+        reference: The initial policy, or None.
+        processes: How many train together.
+        frozen: Bytes per frozen weight of the policy, where it is quantised; else None.
+        device: Where it would run; by default the one of `args`.
+    """
+    lm, device = causal_lm(policy), device or args.device
+    return Footprint(
+        weights=weights_held(policy, network, reference, frozen),
+        method=run_method(args, policy, network, reference),
+        policy=network_shape(lm.base_model),
+        feature=None if network is None else network_shape(network.decoder),
+        bf16=bool(args.bf16),
+        bf16_base=lm.dtype == torch.bfloat16,
+        checkpointing=bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)),
+        accumulates=args.gradient_accumulation_steps > 1,
+        processes=processes,
+        logits_per_chunk=logits_per_chunk(device),
+        keys_per_chunk=None if device.type == "cpu" else KEYS_PER_CHUNK,
+    )
+
+
 def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: nn.Module | None, frozen: float | None):
     """Bytes of the models; of the feature network and the reference only what they do not share with the policy.
 
@@ -94,7 +160,7 @@ def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: n
         frozen: Bytes per frozen weight of the policy, where it is quantised; else None.
 
     Returns:
-        What `planning.memory` takes.
+        Bytes and counts for a `Footprint`.
     """
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -104,7 +170,13 @@ def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: n
         trained=sum(p.numel() for p in trained),
         feature=0 if network is None or network.model is policy else _bytes(network.decoder.parameters()),
         reference=0 if reference is None or reference is policy else _bytes(reference.parameters()),
+        head=_trained_head(causal_lm(policy)),
     )
+
+
+def _trained_head(lm: Any) -> int:
+    weight = getattr(lm.get_output_embeddings(), "weight", None)
+    return 0 if weight is None or not weight.requires_grad else weight.numel()
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

@@ -8,7 +8,6 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,25 +25,13 @@ from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .layouts import batch_layout, no_rollouts
-from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs
+from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
+from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
 from .prepare import prepare_datasets
 from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
-from .rollout import Rollouts, sample_rollouts
+from .rollout import Rollouts, sample_and_sum, sample_rollouts
 from .support import check_same_vocabulary, check_tokenizer
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """Denominators of one whole optimiser step, over all micro-batches and ranks; known before sampling.
-
-    Attributes:
-        tokens: Sum of the cross-entropy weights.
-        blocks: Sum of the block weights.
-    """
-
-    tokens: float
-    blocks: float
 
 
 class EBFTTrainer(RecordedTrainer):
@@ -184,56 +171,71 @@ class EBFTTrainer(RecordedTrainer):
         tokens = blocks = count = 0.0
         for batch in batches:
             batch["layout"] = batch_layout(batch, self.args, self.anchors, self.state.global_step)
-            tokens += self._token_weights(batch).sum()
-            blocks += self._block_weights(batch["layout"]).sum()
+            tokens += token_weights(batch, self.args).sum()
+            blocks += block_weights(batch["layout"], self.args).sum()
             count += (batch["doc_ids"] >= 0).sum()
         totals = torch.tensor([float(tokens), float(blocks), float(count)], dtype=torch.float64)
         tokens, blocks, count = self.sum_over_ranks(totals).tolist()
         self.count_tokens(int(count))
         return batches, StepTotals(tokens, blocks)
 
-    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch: Any = None):
         """The mixed objective L_FM + gamma L_CE of one micro-batch, as its share of the whole step's loss."""
-        totals, layout = num_items_in_batch, inputs["layout"]
-        rl_coef, ce_coef = self.coefficients()
-        experience = self._collect(inputs) if rl_coef and layout.num_blocks else None
-        tokens, layout = no_rollouts(inputs) if experience is None else (experience.rollouts.tokens, layout)
-        wanted = inputs["labels"][:, 1:] != -100
-        log_probs = document_and_block_log_probs(
-            model,
-            inputs["input_ids"],
-            tokens,
-            layout,
-            document_mask=wanted if ce_coef else torch.zeros_like(wanted),
-            **self.args.sampling,
+        objective = Objective(
+            self.args, inputs, num_items_in_batch, self.coefficients(), policy_loss=self.compute_policy_loss
         )
-        advantages = None if experience is None else self.compute_advantages(experience)
-        loss = self._mixed_loss(log_probs, inputs, experience, advantages, totals, (rl_coef, ce_coef))
-        self._record(inputs, log_probs, experience, advantages, loss)
+        if not (objective.coefficients[0] and inputs["layout"].num_blocks):
+            loss, log_probs = self._loss_of_rollouts(model, objective, *no_rollouts(inputs))
+        elif self._reuses_sampling_forward():
+            loss, log_probs = self._loss_of_one_forward(model, objective)
+        else:
+            rollouts = self.sample(inputs)
+            self._judge(objective, rollouts)
+            loss, log_probs = self._loss_of_rollouts(model, objective, rollouts.tokens, inputs["layout"])
+        self._record(objective, log_probs, loss)
         # DDP averages gradients over ranks, and ours are shares of a sum.
         loss = loss * self.accelerator.num_processes
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
 
-    def _mixed_loss(self, log_probs: LogProbs, inputs, experience, advantages, totals, coefficients) -> Tensor:
-        args, device = self.args, log_probs.document.device
-        ce, metrics = losses.cross_entropy(log_probs.document, self._token_weights(inputs).to(device), totals.tokens)
-        if experience is None:
-            policy, kl = log_probs.blocks.sum(), None  # of no block: 0
-        else:
-            policy, policy_metrics = self.compute_policy_loss(log_probs.blocks, advantages, inputs["layout"], totals)
-            kl, kl_metrics = self._kl_loss(log_probs.blocks, experience, inputs["layout"], totals)
-            metrics |= policy_metrics | kl_metrics
-        rl_coef, ce_coef = coefficients
-        loss, _ = losses.mixed_loss(policy, ce, kl, rl_coef=rl_coef, ce_coef=ce_coef, beta=args.beta)
-        self.recorder.add({name: value for name, value in metrics.items() if ce_coef or name != "ce_loss"})
-        return loss
+    def _loss_of_rollouts(self, model, objective: Objective, tokens: Tensor, layout: BlockLayout):
+        """Loss and log-probs of rollouts that were sampled before; one call of `model`."""
+        options = {"document_mask": objective.document_mask, **self.args.sampling}
+        ids = objective.inputs["input_ids"]
+        if not self._is_linear():
+            log_probs = document_and_block_log_probs(model, ids, tokens, layout, **options)
+            return objective(log_probs)[0], log_probs
+        slopes = objective.slopes(tokens, self._log_prob_dtype())
+        return document_and_block_loss(model, ids, tokens, layout, slopes, **options)
 
-    def _kl_loss(self, log_probs: Tensor, experience: Experience, layout: BlockLayout, totals) -> tuple[Any, dict]:
-        estimator, reference = self.args.kl_estimator, experience.reference_log_probs
-        if reference is None or estimator == "k1":  # k1 is part of the advantages
-            return None, {}
-        weights = self._block_weights(layout).to(log_probs.device)
-        return losses.kl_loss(log_probs, reference, weights, self._policy_denominator(totals), estimator)
+    def _loss_of_one_forward(self, model, objective: Objective) -> tuple[Tensor, LogProbs]:
+        """Loss and log-probs of rollouts that are sampled in the same call of `model`."""
+        inputs, args = objective.inputs, self.args
+
+        def weigh(rollouts: Rollouts) -> LogProbs:
+            with torch.autocast(rollouts.tokens.device.type, enabled=False):
+                self._judge(objective, rollouts)
+                return objective.slopes(rollouts.tokens, self._log_prob_dtype())
+
+        options = {"uniforms": self._uniforms(inputs), "document_mask": objective.document_mask, **args.sampling}
+        loss, log_probs, _ = sample_and_sum(
+            model, inputs["input_ids"], inputs["layout"], args.num_generations, weigh, **options
+        )
+        return loss, log_probs
+
+    def _is_linear(self) -> bool:
+        """Whether the loss is linear in the log-probs; an overridden policy loss may be anything."""
+        ours = type(self).compute_policy_loss is EBFTTrainer.compute_policy_loss
+        return ours and (self.reference_model is None or self.args.kl_estimator == "k1")
+
+    def _reuses_sampling_forward(self) -> bool:
+        wanted = self.args.reuse_sampling_forward
+        if wanted is None:
+            wanted = self.args.device.type == "cpu" and not self.args.checkpoints_activations
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # they gather weights a call at a time
+        return wanted and whole and self._is_linear() and type(self).sample is EBFTTrainer.sample
+
+    def _log_prob_dtype(self) -> torch.dtype:
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     # --- its parts: the override points ---
 
@@ -247,15 +249,16 @@ class EBFTTrainer(RecordedTrainer):
         Returns:
             Rollouts, each [B, K, N, G]; a function of (seed, step, document, block, rollout) and the weights.
         """
-        args, layout = self.args, inputs["layout"]
-        step = 0 if purpose == noise.EVALUATION else self.state.global_step
-        uniforms = noise.sampling_uniforms(
-            layout, inputs["document_ids"].cpu(), args.num_generations, seed=args.seed, purpose=purpose, step=step
-        )
         # The bare model: ranks may differ in how often they call it, which DDP's hooks would not survive.
-        return sample_rollouts(
-            self.model, inputs["input_ids"], layout, args.num_generations, uniforms=uniforms, **args.sampling
-        )
+        model, layout, n = self.model, inputs["layout"], self.args.num_generations
+        uniforms = self._uniforms(inputs, purpose)
+        return sample_rollouts(model, inputs["input_ids"], layout, n, uniforms=uniforms, **self.args.sampling)
+
+    def _uniforms(self, inputs: dict[str, Any], purpose: int = noise.SAMPLING) -> Tensor:
+        documents = inputs["document_ids"].cpu()
+        step = 0 if purpose == noise.EVALUATION else self.state.global_step
+        sizes = {"seed": self.args.seed, "purpose": purpose, "step": step}
+        return noise.sampling_uniforms(inputs["layout"], documents, self.args.num_generations, **sizes)
 
     def compute_rewards(self, inputs: dict[str, Any], rollouts: Rollouts) -> tuple[Gram, Rewards]:
         """Features of rollouts and references, their inner products, and the rewards: [B, K, N] or [B, K, G, N]."""
@@ -292,8 +295,8 @@ class EBFTTrainer(RecordedTrainer):
         self, log_probs: Tensor, advantages: Tensor, layout: BlockLayout, totals: StepTotals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """REINFORCE on log_probs [B, K, N, G], over G * N * the step's blocks: `losses.policy_loss`."""
-        weights = self._block_weights(layout).to(log_probs.device)
-        denominator = self._policy_denominator(totals)
+        weights, denominator = block_weights(layout, self.args), policy_denominator(self.args, totals)
+        weights = weights.to(log_probs.device)
         return losses.policy_loss(log_probs, advantages.to(log_probs.device), weights, denominator)
 
     def coefficients(self) -> tuple[float, float]:
@@ -302,9 +305,13 @@ class EBFTTrainer(RecordedTrainer):
         rl = losses.coefficient_at(step, total, args.rl_coef, warmup_steps=args.rl_warmup_steps)
         return rl, losses.coefficient_at(step, total, args.ce_coef, decay=args.ce_decay)
 
+    def _judge(self, objective: Objective, rollouts: Rollouts) -> None:
+        """Give the objective its rollouts, with rewards and advantages."""
+        objective.experience = self._experience(objective.inputs, rollouts)
+        objective.advantages = self.compute_advantages(objective.experience)
+
     @torch.no_grad()
-    def _collect(self, inputs: dict[str, Any], purpose: int = noise.SAMPLING) -> Experience:
-        rollouts = self.sample(inputs, purpose=purpose)
+    def _experience(self, inputs: dict[str, Any], rollouts: Rollouts) -> Experience:
         gram, rewards = self.compute_rewards(inputs, rollouts)
         if self.reference_model is None:
             return Experience(rollouts, gram, rewards)
@@ -315,28 +322,15 @@ class EBFTTrainer(RecordedTrainer):
         kl = losses.kl_estimate(rollouts.log_probs, reference, "k1")
         return Experience(rollouts, gram, rewards, kl, reference)
 
-    def _token_weights(self, inputs: dict[str, Any]) -> Tensor:
-        documents = inputs["doc_ids"][:, 1:].cpu()
-        return losses.loss_weights(inputs["labels"][:, 1:].cpu() != -100, self.args.loss_normalization, documents)
-
-    def _block_weights(self, layout: BlockLayout) -> Tensor:
-        documents = layout.doc_ids.gather(1, layout.anchors)  # type: ignore[union-attr]
-        weights = losses.loss_weights(layout.valid, self.args.loss_normalization, documents)
-        # A mean within each document needs no correction for the blocks that were left out.
-        if layout.multiplicity is None or self.args.loss_normalization == "document":
-            return weights
-        return weights * layout.multiplicity
-
-    def _policy_denominator(self, totals: StepTotals) -> float:
-        return self.args.completion_length * self.args.num_generations * totals.blocks
-
     # --- what a step leaves behind ---
 
     @torch.no_grad()
-    def _record(self, inputs, log_probs: LogProbs, experience: Experience | None, advantages, loss: Tensor) -> None:
-        recorder = self.recorder
+    def _record(self, objective: Objective, log_probs: LogProbs, loss: Tensor) -> None:
+        recorder, inputs, experience = self.recorder, objective.inputs, objective.experience
+        recorder.add(objective(log_probs)[1])
         recorder.add({"loss": loss, "short": self._documents_without_block(inputs)})
-        if experience is None:
+        advantages = objective.advantages
+        if experience is None or advantages is None:
             recorder.keep_inputs(inputs)
             return
         recorder.add(experience_sums(experience, inputs["layout"]))
@@ -374,7 +368,8 @@ class EBFTTrainer(RecordedTrainer):
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))
             sums = cross_entropy_sums(document, inputs)
             measured = layout.num_blocks and self.feature_network is not None
-            experience = self._collect(inputs, noise.EVALUATION) if measured else None
+            rollouts = self.sample(inputs, purpose=noise.EVALUATION) if measured else None
+            experience = None if rollouts is None else self._experience(inputs, rollouts)
             if experience is not None:
                 sums |= experience_sums(experience, layout)
         statistics = evaluation_statistics(sums, EVALUATION_SUMS)

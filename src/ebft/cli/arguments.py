@@ -111,9 +111,20 @@ class PlanArguments:
         default=None, metadata={"help": "Matrix rate of one device in FLOP/s (4e14, say), to estimate time with."}
     )
 
+    calibrate: bool = field(
+        default=False, metadata={"help": "Time the engine on this machine, on a few layers, to estimate time with."}
+    )
+    memory: float | None = field(
+        default=None, metadata={"help": "Memory in GiB of the GPU to plan for, if it is not this machine's."}
+    )
+
     def __post_init__(self) -> None:
         if self.flops is not None and self.flops <= 0:
             raise ValueError(f"flops: got {self.flops}; give the matrix rate of one device in FLOP/s, such as 4e14")
+        if self.flops is not None and self.calibrate:
+            raise ValueError("flops, calibrate: both are given; calibrate measures what flops assumes: keep one")
+        if self.memory is not None and self.memory <= 0:
+            raise ValueError(f"memory: got {self.memory}; give the memory of one device in GiB, such as 80")
 
 
 class Arguments(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
@@ -11,24 +11,28 @@ if TYPE_CHECKING:
     from ebft.cli.arguments import Arguments
     from ebft.config import EBFTConfig
     from ebft.features import FeatureNetwork
+    from ebft.footprint import Footprint
     from ebft.planning import Documents
 
 HELP = """\
-usage: ebft plan --model_name_or_path MODEL [--dataset_name DATA] [--option value ...] [--json] [--flops RATE]
-       ebft plan --config FILE.yaml [--option value ...] [--json] [--flops RATE]
+usage: ebft plan --model_name_or_path MODEL [--dataset_name DATA] [--option value ...] [--json] [--calibrate]
+       ebft plan --config FILE.yaml [--option value ...] [--json] [--calibrate | --flops RATE] [--memory GIB]
 
 Says what `ebft train` with the same options would do: settings, documents and blocks, updates, work per update beside
-that of SFT, parameters, memory, time. It reads the model's configuration, its tokenizer and the data, but no weights,
-and it refuses what training would refuse. Without --dataset_name it plans for documents of --max_length tokens.
+that of SFT, parameters, memory, the largest micro-batch that fits, time. It reads the model's configuration, its
+tokenizer and the data, but no weights, and it refuses what training would refuse. Without --dataset_name it plans for
+documents of --max_length tokens.
 
 examples:
   ebft plan --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
   ebft plan --config recipe.yaml --per_device_train_batch_size 8 --gradient_checkpointing
-  ebft plan --config recipe.yaml --flops 4e14 --json > plan.json
-  ebft plan --config recipe.yaml --bf16 true --use_cpu   for a GPU with bfloat16, on a machine without one
+  ebft plan --config recipe.yaml --calibrate --json > plan.json
+  ebft plan --config recipe.yaml --bf16 true --use_cpu --flops 4e14 --memory 80   for a GPU, on a machine without one
 
   --json        print JSON instead of tables, with bytes in place of GiB
-  --flops RATE  matrix rate of one device in FLOP/s, for the time: measured is better than the data sheet's
+  --calibrate   times the engine on this machine, on a few layers with random weights (a minute or two), for the time
+  --flops RATE  matrix rate of one device in FLOP/s, for the time: of matrix products alone
+  --memory GIB  memory of the GPU to plan for; otherwise that of this machine's, or of a CPU what is available
   ebft train --help-all lists all other options
 """
 
@@ -86,7 +90,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
     tokenizer = models.load_tokenizer(name)
-    documents, anchors, evaluates = _documents(arguments, tokenizer)
+    rows, documents, anchors, evaluates = _documents(arguments, tokenizer)
     with torch.device("meta"):
         adapter = get_peft_config(model)
         policy = models.load_policy(name, args, adapter, get_quantization_config(model))
@@ -101,12 +105,24 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes, "anchors": anchors}
     settings |= {field: getattr(args, field) for field in SETTINGS}
     settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
-    costs = _costs(arguments, documents, policy, network, reference)
-    return {"settings": settings, "model": _model(policy, network, args)} | costs
+    run = _Run(arguments, rows, documents, anchors, policy, network, reference)
+    return {"settings": settings, "model": _model(policy, network, args)} | _costs(run)
 
 
-def _documents(arguments: Arguments, tokenizer) -> tuple[Documents, str, bool]:
-    """The documents' sizes, where blocks go, and whether there is evaluation."""
+class _Run(NamedTuple):
+    """What training would start with, without weights."""
+
+    arguments: Arguments
+    rows: Any
+    documents: Documents
+    anchors: str
+    policy: nn.Module
+    network: FeatureNetwork | None
+    reference: nn.Module | None
+
+
+def _documents(arguments: Arguments, tokenizer) -> tuple[Any, Documents, str, bool]:
+    """The tokenised rows, their documents' sizes, where blocks go, and whether there is evaluation."""
     from ebft.cli.train import load_datasets
     from ebft.planning import Documents
     from ebft.prepare import prepare_datasets
@@ -118,10 +134,10 @@ def _documents(arguments: Arguments, tokenizer) -> tuple[Documents, str, bool]:
         datasets = load_datasets(data, evaluate=args.eval_strategy != "no", seed=args.seed)
         train, evaluation, anchors = prepare_datasets(*datasets, tokenizer, args, None)
     if train is not None and hasattr(train, "__len__"):
-        return survey(train, args, anchors), anchors, evaluation is not None
+        return train, survey(train, args, anchors), anchors, evaluation is not None
     sizes = (args.max_length, args.stride, args.context_length, args.completion_length)
     documents = Documents.of_length(*sizes, args.max_blocks if args.rl_coef else 0)
-    return documents, anchors, evaluation is not None
+    return None, documents, anchors, evaluation is not None
 
 
 def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) -> dict[str, Any]:
@@ -153,54 +169,32 @@ def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) 
     }
 
 
-def _costs(
-    arguments: Arguments,
-    documents: Documents,
-    policy: nn.Module,
-    network: FeatureNetwork | None,
-    reference: nn.Module | None,
-) -> dict[str, Any]:
-    """The sections that are arithmetic."""
-    from ebft import planning, sizes
-    from ebft.attention import KEYS_PER_CHUNK
-    from ebft.forward import causal_lm
-    from ebft.logprobs import LOGITS_PER_CHUNK
+def _costs(run: _Run) -> dict[str, Any]:
+    """The sections about cost."""
+    import torch
 
-    data, args, model, _ = arguments
-    batch, processes, accumulation = (
-        args.per_device_train_batch_size,
-        data.num_processes,
-        args.gradient_accumulation_steps,
-    )
+    from ebft import planning, sizes
+
+    data, args, model, plan = run.arguments
+    documents, processes, accumulation = run.documents, data.num_processes, args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size
     per_epoch, in_all = planning.optimiser_steps(
         documents.rows, batch, processes, accumulation, args.num_train_epochs, args.max_steps
     )
     count, work = documents.step(batch * processes * accumulation)
-    decoder = causal_lm(policy).base_model
-    shape = sizes.network_shape(decoder)
-    feature = None if network is None else sizes.network_shape(network.decoder)
-    method = planning.Method(
-        rollouts=args.num_generations,
-        completion_length=args.completion_length,
-        reference=reference is not None,
-        feature_depth=0 if network is None else max(network.layer_indices) / _depth(network),
-        trained=sizes.trained_share(decoder),
-    )
-    checkpointing = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
-    quantised = 0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None
-    memory = planning.memory(
-        sizes.weights_held(policy, network, reference, quantised),
-        documents.largest_row,
-        batch,
-        method,
-        shape,
-        bf16=bool(args.bf16),
-        checkpointing=checkpointing,
+    footprint = sizes.run_footprint(
+        args,
+        run.policy,
+        run.network,
+        run.reference,
         processes=processes,
-        logits_per_chunk=LOGITS_PER_CHUNK,
-        keys_per_chunk=KEYS_PER_CHUNK,
+        frozen=0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None,
+        device=None if plan is None or plan.memory is None else torch.device("cuda"),  # whose chunks are larger
     )
+    method, checkpointing = footprint.method, footprint.checkpointing
     rollouts = work.blocks * args.num_generations
+    limit, source = _device_memory(run.arguments)
+    operations = planning.operations(work, method, footprint.policy, footprint.feature, checkpointing)
     return {
         "data": _data(documents) | {"updates per epoch": per_epoch, "updates": in_all},
         "update": {
@@ -214,8 +208,35 @@ def _costs(
             "without checkpointing": planning.token_forwards(work, method, checkpointing=False),
             "with checkpointing": planning.token_forwards(work, method, checkpointing=True),
         },
-        "memory": memory,
-        "time": _time(arguments, planning.operations(work, method, shape, feature, checkpointing), in_all),
+        "memory": footprint.memory(documents.largest_row, batch),
+        "fit": _fit(footprint, documents, args, limit) | {"memory taken from": source},
+        "time": _time(run, footprint, operations, in_all, limit),
+    }
+
+
+def _device_memory(arguments: Arguments) -> tuple[float, str]:
+    """Bytes of one device, and where they are known from."""
+    from ebft.fitting import device_memory
+
+    if arguments.plan is not None and arguments.plan.memory is not None:
+        return arguments.plan.memory * GIB, "--memory"
+    device = arguments.training.device
+    return device_memory(device, available=True), "available RAM" if device.type == "cpu" else f"{device}, all of it"
+
+
+def _fit(footprint: Footprint, documents: Documents, args: EBFTConfig, limit: float) -> dict[str, Any]:
+    """Whether the micro-batch fits, the largest that does, and what to change."""
+    from ebft.footprint import largest_batch, what_fits
+
+    row, batch = documents.largest_row, args.per_device_train_batch_size
+    needed = footprint.memory(row, batch)["total"]
+    fits = needed <= limit
+    change = None if fits else what_fits(footprint, row, batch, args.gradient_accumulation_steps, limit)
+    return {
+        "per_device_train_batch_size": batch,
+        "fits": f"{'yes' if fits else 'NO'}: {needed / GIB:.2f} of {limit / GIB:.2f} GiB",
+        "largest that fits": largest_batch(footprint, row, limit),
+        "to make it fit": change,
     }
 
 
@@ -237,18 +258,54 @@ def _data(documents: Documents) -> dict[str, Any]:
     }
 
 
-def _time(arguments: Arguments, operations: dict[str, float], updates: int | None) -> dict[str, Any]:
-    """Matrix products alone, at the given rate: what the machine adds to that is not known here."""
-    rate = None if arguments.plan is None else arguments.plan.flops
+def _time(
+    run: _Run, footprint: Footprint, operations: dict[str, float], updates: int | None, limit: float
+) -> dict[str, Any]:
+    """Seconds of an update by stage: measured, or matrix products alone at a given rate, or unknown."""
+    plan, processes = run.arguments.plan, run.arguments.data.num_processes
     section: dict[str, Any] = {"operations per update": operations | {"total": sum(operations.values())}}
-    if rate is None:
-        return section | {"seconds per update": None, "note": "unknown: give --flops"}
-    processes = arguments.data.num_processes
-    seconds = {stage: count / (rate * processes) for stage, count in section["operations per update"].items()}
-    return section | {
-        "seconds per update": seconds,
-        "seconds in all": None if updates is None else seconds["total"] * updates,
-        "note": f"assumed: matrix products at {rate:.3g} FLOP/s on each of {processes} device(s), and nothing else",
+    if plan is not None and plan.calibrate:
+        section |= _calibrated(run, footprint, section["operations per update"], limit)
+    elif plan is None or plan.flops is None:
+        return section | {"seconds per update": None, "note": "unknown: give --calibrate, or --flops"}
+    else:
+        counts = section["operations per update"].items()
+        rate = f"{plan.flops:.3g} FLOP/s on each of {processes} device(s)"
+        section |= {
+            "seconds per update": {stage: count / (plan.flops * processes) for stage, count in counts},
+            "note": f"assumed: matrix products at {rate}, and nothing else",
+        }
+    total = section["seconds per update"]["total"]
+    return section | {"seconds in all": None if updates is None else total * updates}
+
+
+def _calibrated(run: _Run, footprint: Footprint, operations: dict[str, float], limit: float) -> dict[str, Any]:
+    """Seconds by stage, from the engine's own stages timed on this machine."""
+    import torch
+
+    from ebft import calibration, measuring
+
+    args, documents, processes = run.arguments.training, run.documents, run.arguments.data.num_processes
+    rate = measuring.matrix_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+    one_layer = calibration.one_layer_operations(footprint, documents)
+    most = calibration.most_rows(footprint, documents.largest_row, one_layer, limit, args.device)
+    batch = calibration.typical_micro_batch(run.rows, documents, args, run.anchors, footprint.method, most)
+    measured = calibration.stage_seconds(args, run.policy, run.network, run.reference is not None, batch)
+    micro_batches = args.gradient_accumulation_steps
+    if documents.rows is not None:
+        micro_batches = min(micro_batches, documents.rows / (args.per_device_train_batch_size * processes))
+    optimiser = measured.pop("optimiser")
+    stages = {name: value * max(1, micro_batches) for name, value in measured.items()}
+    stages["update"] += optimiser
+    stages["total"] = sum(stages.values())
+    devices = "" if processes == 1 else f"; on each of {processes} devices, without the sum of their gradients"
+    return {
+        "seconds per update": stages,
+        "seconds of the optimiser's step in it": optimiser,
+        "matrix rate in FLOP/s": rate,
+        "share of the matrix rate": operations["total"] / processes / stages["total"] / rate,
+        "note": f"measured on {args.device} ({torch.get_num_threads()} CPU threads): the engine's stages on "
+        f"{batch.rows} row(s), random weights, 1 layer and 3 layers; scaled to all layers and micro-batches{devices}",
     }
 
 

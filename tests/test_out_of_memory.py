@@ -1,0 +1,80 @@
+"""Memory that runs out: what is said before a run and in the middle of one, and what is left to go on from."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import out_of_memory
+from ebft import fitting
+from ebft.fitting import GIB, is_out_of_memory
+from training import documents, small_model, train, trainer
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return out_of_memory.run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run in a process of its own that ran out of memory: its folder, and what it said."""
+    folder = tmp_path_factory.mktemp("broken")
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, out_of_memory.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 2, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_message_says_what_was_held_what_to_change_and_where_to_go_on(broken):
+    folder, text = broken
+    assert "out of memory on cpu at per_device_train_batch_size=2: this micro-batch has 2 rows of 480 tokens" in text
+    planned = re.search(r"The plan says (.*), ([\d.]+) GiB at the worst moment", text)
+    assert planned is not None
+    assert "activations" in planned[1] and float(planned[2]) > 0.2
+    assert "set per_device_train_batch_size: 1 with gradient_accumulation_steps: 2 (the same update)" in text
+    assert f"{folder}/checkpoint-2 is intact: go on with --resume_from_checkpoint {folder}/checkpoint-2" in text
+
+
+def test_last_checkpoint_goes_on_with_the_change_that_was_named(broken, unbroken):
+    folder, _ = broken
+    assert not (folder / "checkpoint-4").exists()
+    changed = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    resumed = out_of_memory.run(folder, resume=str(folder / "checkpoint-2"), **changed)
+    assert len(resumed.weights) == 3
+    for name, weight in unbroken.weights[-1].items():
+        torch.testing.assert_close(resumed.weights[-1][name], weight, rtol=1e-4, atol=1e-5)
+    assert [m["step"] for m in resumed.metrics] == [1, 2, 3, 4]
+    assert (Path(folder) / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_only_memory_is_explained(tmp_path):
+    ours = trainer(small_model(), documents([20]), tmp_path)
+    with pytest.raises(RuntimeError, match="something else"), ours.memory.explained():
+        raise RuntimeError("something else")
+    with pytest.raises(ValueError, match=r"before the first micro-batch .*no checkpoint yet"), ours.memory.explained():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert is_out_of_memory(RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(ValueError("out of memory."))
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_placed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "device_memory", lambda device, available=False: 1000)
+    with pytest.raises(ValueError, match=r"the model does not fit: .* train an adapter \(use_peft: true\)"):
+        trainer(small_model(), documents([20]), tmp_path, settings=dict(optim="adamw_torch"))
+
+
+def test_a_micro_batch_that_may_not_fit_is_warned_of_once_and_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "device_memory", lambda device, available=False: int(0.01 * GIB))
+    model, rows = small_model(dtype=torch.float32, hidden_size=64), documents([20, 150])
+    with pytest.warns(
+        UserWarning, match="per_device_train_batch_size=64 may need .*; if memory runs out, set"
+    ) as told:
+        train(model, rows, tmp_path, settings=dict(max_length=256))
+    assert sum("if memory runs out" in str(warning.message) for warning in told) == 1
+    assert (tmp_path / "metrics.jsonl").exists()

@@ -79,7 +79,7 @@ def test_cut_attention_is_dense_attention(ours, merged, layout, n, size, options
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)) * real[:, None, :, None]
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "KEYS_PER_CHUNK", size)
+        patch.setattr(attention, "KEYS_PER_CHUNK_ON_CPU", size)
         patch.setattr(merged_attention_module, "QUERIES_PER_CHUNK", size)
         if not merged:  # what another device, or a softcap, would take
             patch.setattr(attention, "_can_merge", lambda *args: False)
@@ -87,7 +87,7 @@ def test_cut_attention_is_dense_attention(ours, merged, layout, n, size, options
             out = function(tensors, layout, n, **options)
             results.append([out * (weights != 0), *torch.autograd.grad((out * weights).sum(), tensors)])
     for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6 if options["softcap"] else 1e-12)
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5 if options["softcap"] else 1e-12)
 
 
 @pytest.mark.parametrize("ours", [packed, decoded])

@@ -89,6 +89,33 @@ def test_head_runs_once_for_the_weighted_sum():
     assert rows_through_the_head(lambda m: apart(m, TOKENS)) == 2 * once > 0
 
 
+def test_blocks_without_weight_are_left_out():
+    """Same loss and gradient, fewer tokens; a row may lose all its blocks, another none."""
+    some = weights()
+    blocks = some.blocks.clone()
+    blocks[:, 1::2] = 0
+    blocks[0] = 0
+    blocks[1, 3, 0, 0] = 0  # a single weight of zero leaves its block where it is
+    some = some._replace(blocks=blocks)
+    zero = (blocks == 0).flatten(2).all(-1)
+    plain, model, seen = tiny_model(), tiny_model(), []
+    log_probs = document_and_block_log_probs(plain, INPUT_IDS, TOKENS, LAYOUT)
+    expected = sum((w * x).sum() for w, x in zip(some, log_probs, strict=True))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    loss, found = document_and_block_loss(model, INPUT_IDS, TOKENS, LAYOUT, some)
+    kept = int((~zero & LAYOUT.valid).sum(-1).max())
+    assert seen == [LAYOUT.length + kept * N * (LAYOUT.completion_length - 1)] and kept < LAYOUT.num_blocks
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
+    assert (found.blocks[zero] == 0).all() and zero.any()
+    torch.testing.assert_close(found.blocks[~zero], log_probs.blocks[~zero].detach(), rtol=0, atol=1e-11)
+    assert_same_gradients(gradients(model, loss), gradients(plain, expected), 2e-6)
+
+    nothing = some._replace(blocks=torch.zeros_like(blocks))
+    loss, found = document_and_block_loss(model, INPUT_IDS, TOKENS, LAYOUT, nothing)
+    assert seen[-1] == LAYOUT.length and (found.blocks == 0).all()
+    assert loss.item() == pytest.approx((some.document * log_probs.document).sum().item(), rel=1e-11)
+
+
 def test_loss_may_be_scaled():
     once, thrice = tiny_model(), tiny_model()
     loss, _ = document_and_block_loss(once, INPUT_IDS, TOKENS, LAYOUT, weights())

@@ -132,9 +132,8 @@ class BlockLayout:
 
     def select(self, keep: Tensor) -> "BlockLayout":
         """A layout from documents with the blocks where `keep` (BoolTensor [B, K]) is True, closed up to the left."""
-        keep = keep & self.valid
-        order = keep.int().argsort(dim=-1, descending=True, stable=True)[:, : int(keep.sum(-1).max())]
-        valid = keep.gather(-1, order)
+        order = self.order(keep)
+        valid = (keep & self.valid).gather(-1, order)
         return replace(
             self,
             anchors=self.anchors.gather(-1, order).where(valid, 1),
@@ -142,6 +141,14 @@ class BlockLayout:
             valid=valid,
             multiplicity=None if self.multiplicity is None else self.multiplicity.gather(-1, order),
         )
+
+    def order(self, keep: Tensor) -> Tensor:
+        """Which of this layout's blocks `select(keep)` has where: LongTensor [B, K'], K' the most that a row keeps.
+
+        A row that keeps fewer ends in blocks it does not keep, which are not valid in `select(keep)`.
+        """
+        keep = keep & self.valid
+        return keep.int().argsort(dim=-1, descending=True, stable=True)[:, : int(keep.sum(-1).max())]
 
     def expand(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """`anchors`, `valid` and `prefix_starts`, each [B, K], for a batch of `batch_size` rows."""

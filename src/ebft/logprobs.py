@@ -76,7 +76,8 @@ def document_and_block_loss(
     """Sum of `weights` times the log-probs of `document_and_block_log_probs`, which come beside it without gradient.
 
     Any loss that is linear in the log-probs has this form, REINFORCE and cross-entropy among them. With the weights
-    known beforehand the LM head runs once instead of twice.
+    known beforehand the LM head runs once instead of twice, and blocks whose weights are all zero, as those of equal
+    rewards are, are left out of forward and backward: their log-probs come out as zero.
 
     Args:
         model: A causal LM, a peft model around one, or either wrapped by DDP.
@@ -92,6 +93,11 @@ def document_and_block_loss(
     Returns:
         The sum [] with gradient, and the log-probs.
     """
+    if layout.doc_ids is not None and layout.num_blocks:
+        active = (weights.blocks != 0).flatten(2).any(-1).cpu() & layout.valid
+        if active.sum(-1).max() < layout.valid.sum(-1).max():
+            options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "document_mask": document_mask}
+            return _loss_of_some_blocks(model, input_ids, tokens, layout, weights, active, **options)
     rows = Rows(layout, tokens.shape, document_mask, input_ids.device)
     support = (temperature, top_k, top_p)
 
@@ -99,6 +105,22 @@ def document_and_block_loss(
         return rows.weighted_sum(hidden, head, input_ids, tokens, weights, support)
 
     return _packed_forward(model, input_ids, tokens, layout, read)
+
+
+def _loss_of_some_blocks(
+    model: nn.Module,
+    input_ids: Tensor,
+    tokens: Tensor,
+    layout: BlockLayout,
+    weights: LogProbs,
+    active: Tensor,
+    **options,
+) -> tuple[Tensor, LogProbs]:
+    """`document_and_block_loss` of the blocks where `active` [B, K], the others' log-probs zero."""
+    order = layout.order(active).to(tokens.device)[..., None, None].expand(-1, -1, *tokens.shape[2:])
+    chosen, slopes = tokens.gather(1, order), LogProbs(weights.document, weights.blocks.gather(1, order))
+    loss, found = document_and_block_loss(model, input_ids, chosen, layout.select(active), slopes, **options)
+    return loss, LogProbs(found.document, found.blocks.new_zeros(tokens.shape).scatter(1, order, found.blocks))
 
 
 def block_log_probs(model: nn.Module, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, **support) -> Tensor:

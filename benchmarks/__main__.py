@@ -82,10 +82,20 @@ def read_options(args: argparse.Namespace) -> Options:
         device = torch.device(args.device)
     except RuntimeError:
         raise ValueError(f"device={args.device} is unknown: use cpu, cuda or cuda:0.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={args.device}: memory and rate are measured on cpu and cuda only.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={args.device} is not available: torch sees {torch.cuda.device_count()} GPUs.")
-    for name, least in (("repeats", 1), ("warmup", 1), ("lora", 0)):
-        if getattr(args, name) < least:
+    if args.gradient_checkpointing:
+        for name in ("arms", "sweep_arms"):
+            kept = [arm for arm in getattr(args, name) if arm != "ours_reused"]
+            if not kept:
+                raise ValueError(
+                    f"{name}=ours_reused keeps what gradient_checkpointing would not: use one of the two."
+                )
+            setattr(args, name, kept)
+    for name, least in (("repeats", 1), ("warmup", 1), ("lora", 0), ("vocab", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"{name}={getattr(args, name)} must be at least {least}.")
     if args.threads is not None:
         if args.threads < 1:
@@ -140,12 +150,13 @@ def main(argv: list[str] | None = None) -> None:
         sweeps = read_sweeps(args.sweep, next(iter(workloads.values())))
         longest = max(w.max_length for points in (workloads.values(), *sweeps.values()) for w in points)
         bench = Bench(options, longest)
-    except ValueError as error:
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        output = args.output or Path("runs/benchmarks") / stamp
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         p.error(str(error))
     if not plot.can_plot():
         print("matplotlib is not installed: no plot (pip install matplotlib).", file=sys.stderr)
-    if args.gradient_checkpointing:  # it would run each step of the decoding again
-        args.arms = [arm for arm in args.arms if arm != "ours_reused"]
     cases = [Case(group, arm, workload) for group, workload in workloads.items() for arm in ARMS if arm in args.arms]
     swept = {
         name: [Case(f"{name}={getattr(w, name)}", arm, w) for w in points for arm in ARMS if arm in args.sweep_arms]
@@ -161,13 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         for name, points in swept.items():
             swept[name] = warm_up(points, bench, bar, peaks=False)
             rates += measure(swept[name], bench, args.repeats, bar)
-    write(args, bench, cases, swept, rates)
+    if not any(case.seconds for case in every):
+        sys.exit("Nothing fitted into memory, so nothing was measured.")
+    write(output, bench, cases, swept, rates)
 
 
-def write(args: argparse.Namespace, bench: Bench, cases: list[Case], swept: dict[str, list[Case]], rates) -> None:
+def write(output: Path, bench: Bench, cases: list[Case], swept: dict[str, list[Case]], rates) -> None:
     """Tables, JSON, plot, CSV."""
-    output = args.output or Path("runs/benchmarks") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    output.mkdir(parents=True, exist_ok=True)
     rate, environment = statistics.median(rates), report.environment(bench.options)
     rows = [row for case in cases for row in report.rows_of(case, bench, rate)]
     sweeps = {name: [row for c in found for row in report.rows_of(c, bench, rate)] for name, found in swept.items()}

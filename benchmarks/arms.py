@@ -228,8 +228,11 @@ class Scheme(Arm):
         shapes = (len(tokens), self.workload.max_length - 1), tokens.shape
         with torch.enable_grad():
             dtype = torch.promote_types(self.bench.lm.dtype, torch.float32)
-            zeros = [torch.zeros(shape, dtype=dtype, device=tokens.device, requires_grad=True) for shape in shapes]
-            return LogProbs(*torch.autograd.grad(self.objective(*zeros, advantages), zeros))
+            document, rollouts = (
+                torch.zeros(shape, dtype=dtype, device=tokens.device, requires_grad=True) for shape in shapes
+            )
+            loss = self.objective(document, rollouts, advantages)
+            return LogProbs(*torch.autograd.grad(loss, (document, rollouts)))
 
 
 class Published(Scheme):
@@ -295,9 +298,9 @@ class Reused(Ours):
                     features = self.embed(self.documents[i], rollouts.tokens)
                     return self.weights(leave_one_out(feature_matching_rewards(*features)), rollouts.tokens)
 
-            options = dict(temperature=w.temperature, uniforms=self.uniforms[i])
+            policy, ids, n = self.bench.policy, self.documents[i], w.num_generations
             return sample_and_sum(
-                self.bench.policy, self.documents[i], self.layout, w.num_generations, weigh, **options
+                policy, ids, self.layout, n, weigh, temperature=w.temperature, uniforms=self.uniforms[i]
             )[0]
 
         return self.step(loss)

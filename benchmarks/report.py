@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -149,22 +150,25 @@ def print_tables(rows: list[Row], ratios: list[Row], rate: float, env: Row, cons
     )
 
 
-def write_csv(path: Path, rows: list[Row], constant: Row) -> None:
+def write_csv(path: Path, rows: list[Row], constant: Row) -> Path:
     """Append one line per row, and to every line what is the same in all: options and environment.
 
-    Raises:
-        ValueError: The file there has other columns.
+    Returns:
+        The file: a new one beside `path` if that has other columns, of another version.
     """
     lines = [row | constant for row in rows]
-    columns, new = list(lines[0]), not path.exists()
-    with path.open("a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        if not new and next(csv.reader(file), []) != columns:
-            raise ValueError(f"{path} has other columns, of another version: choose another --output.")
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(lines)
+    columns = list(lines[0])
+    for number in itertools.count(2):
+        if not path.exists():
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow(columns)
+        with path.open(newline="", encoding="utf-8") as file:
+            if next(csv.reader(file), []) == columns:
+                break
+        path = path.with_name(f"results_{number}.csv")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, columns).writerows(lines)
+    return path
 
 
 def write_json(path: Path, content: Row) -> None:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.arms import ARMS, Bench
 from benchmarks.counts import forwards
 from benchmarks.shapes import Workload
+from ebft.fitting import is_out_of_memory
 from ebft.measuring import matrix_rate, peak_memory, seconds
 
 RATES_PER_ROUND = 3
@@ -99,7 +99,9 @@ def warm_up(cases: list[Case], bench: Bench, bar: Bar, *, peaks: bool) -> list[C
                     getattr(arm, stage)()
             for stage in arm.stages if peaks else ():
                 case.peaks[stage] = peak_memory(getattr(arm, stage), bench.options.device)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             bar.note(f"{case.group}: {case.arm} runs out of memory and is left out; lower micro_batch.")
             continue
         fitting.append(case)

@@ -13,7 +13,9 @@ from transformers.utils import logging
 from benchmarks import counts, plot, published
 from benchmarks.__main__ import main, parser, read_sweeps, read_workloads
 from benchmarks.arms import ARMS, Bench, Options, Ours, Published, Reused
+from benchmarks.report import ratios_of, write_csv
 from benchmarks.shapes import SETTINGS, Workload
+from benchmarks.timing import Case
 from ebft import FeatureNetwork, document_and_block_log_probs
 from ebft.planning import Method
 from ebft.rollout import sample_rollouts
@@ -27,7 +29,6 @@ WORKLOADS = [
     Workload(**SMALL, completion_length=5, pooling="mean_pooling", micro_batch=2),
 ]
 PAPER = Workload(**SETTINGS["qa"])
-# Small enough for the command line to be done in a second or two.
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +39,7 @@ def verbosity():
     logging.set_verbosity(before)
 
 
+# Small enough for the command line to be done in a second or two.
 ARGS = ["--vocab", "64", "--max_length", "24", "--batch", "2", "--repeats", "1"]
 
 
@@ -161,6 +163,47 @@ def test_lora_bfloat16_and_checkpointing_run(tmp_path):
     assert {row["arm"] for row in rows} == set(ARMS) - {"ours_reused"}, "it keeps what checkpointing would not"
 
 
+def test_ratios_are_those_of_the_seconds():
+    """Of made-up seconds: every ratio has the numbers it names."""
+    bench, w = Bench(Options(vocab=64), longest=64), WORKLOADS[0]
+    times = {
+        "published": dict(sampling=[20.0], features=[3.0], rewards=[0.0], update=[7.0]),
+        "ours": dict(sampling=[2.0], features=[1.0], rewards=[0.0], update=[2.0]),
+        "ours_reused": dict(update=[4.0]),
+        "sft": dict(update=[0.5]),
+    }
+    peaks = {
+        arm: {stage: int(10 * seconds[0]) or 1 for stage, seconds in stages.items()} for arm, stages in times.items()
+    }
+    arms = {arm: Case("qa", arm, w, stages, peaks[arm]) for arm, stages in times.items()}
+    found = {row["ratio"]: row["median"] for row in ratios_of("qa", arms, bench)}
+    assert found == {
+        "speed-up, sampling": 10,
+        "speed-up, features": 3,
+        "speed-up, update": 3.5,
+        "speed-up, whole update, two forwards": 6,
+        "speed-up, whole update, two forwards, with the release's own extra passes": 36 / 5,
+        "peak memory, sampling": 10,
+        "peak memory, features": 3,
+        "peak memory, rewards": 1,
+        "peak memory, update": 3.5,
+        "peak memory, largest stage": 10,
+        "speed-up, whole update, reused forward": 7.5,
+        "peak memory, reused forward": 5,
+        "price of ours / SFT's update": 10,
+        "price of ours_reused / SFT's update": 8,
+        "price of published / SFT's update": 60,
+    }
+
+
+def test_csv_of_another_version_is_left_alone(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("other,columns\n1,2\n")
+    assert write_csv(path, [{"a": 1}], {"b": 2}) == write_csv(path, [{"a": 3}], {"b": 4}) == tmp_path / "results_2.csv"
+    assert path.read_text() == "other,columns\n1,2\n"
+    assert (tmp_path / "results_2.csv").read_text().split() == ["a,b", "1,2", "3,4"]
+
+
 def test_without_matplotlib_it_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not plot.can_plot()
@@ -185,6 +228,10 @@ def test_without_matplotlib_it_says_so(tmp_path, capsys, monkeypatch):
         (["--sweep", "width"], "sweep=width is unknown"),
         (["--sweep", "stride=a"], "write whole numbers"),
         (["--sweep", "max_length=8"], "max_length=8 is too short"),
+        (["--device", "meta"], "on cpu and cuda only"),
+        (["--vocab", "0"], "vocab=0 must be at least 1"),
+        (["--gradient_checkpointing", "--arms", "ours_reused"], "arms=ours_reused keeps"),
+        (["--output", __file__], "File exists"),
         (["--attn_implementation", "flash_attention_2"], "attn_implementation"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) else "",

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from ebft import calibration, models
+from ebft import calibration, measuring, models
 from ebft.blocks import BlockLayout
 from ebft.cli import main
+from ebft.cut import Cut, cut_model
 from ebft.features import layer_list
 from ebft.forward import causal_lm
 from ebft.planning import Documents, Method, Work
@@ -27,6 +28,7 @@ def planned(tmp_path, monkeypatch, capsys):
     """Plan for a model without weights, and ten documents of different lengths, as parsed JSON."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibration, "BUDGET", 0.5)
+    monkeypatch.setattr(measuring, "MATRIX_ON_CPU", 256)
     save_model(tmp_path / "bare", Qwen2Config(**SIZES), weights=False)
     texts = [f"Number {i} is followed by {i + 1}." * (1 + i % 3) for i in range(10)]
     Path("my.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -46,6 +48,8 @@ def planned(tmp_path, monkeypatch, capsys):
         ((), ["sampling", "features", "update"]),
         (("--beta", "0.1", "--packing", "--bf16", "true"), ["sampling", "features", "reference", "update"]),
         (("--rl_coef", "0", "--gradient_checkpointing"), ["update"]),
+        (("--reuse_sampling_forward", "false"), ["sampling", "features", "update"]),
+        (("--beta", "0.1", "--kl_estimator", "k3"), ["sampling", "features", "reference", "update"]),
         (ADAPTER, ["sampling", "features", "update"]),
         (("--feature_layers", "1", "--max_blocks", "2"), ["sampling", "features", "update"]),
     ],
@@ -88,7 +92,7 @@ def test_a_cut_keeps_the_first_layers_and_what_is_trained(tied, adapter):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LARGE, tie_word_embeddings=tied), dtype=torch.bfloat16)
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
-    cut = calibration.cut_model(model, 3, 64, CPU)
+    cut = cut_model(model, 3, 64, CPU)
     lm = causal_lm(cut)
     assert len(layer_list(lm.base_model)[1]) == 3 and len(layer_list(causal_lm(model).base_model)[1]) == 4
     assert lm.get_output_embeddings().weight.shape == (64, 16)
@@ -97,7 +101,7 @@ def test_a_cut_keeps_the_first_layers_and_what_is_trained(tied, adapter):
     for name, parameter in cut.named_parameters():
         assert (parameter.dtype, parameter.requires_grad) == of_whole[name]
         assert parameter.device == CPU and parameter.isfinite().all()
-    whole = calibration.cut_model(model, 1, None, CPU)
+    whole = cut_model(model, 1, None, CPU)
     assert causal_lm(whole).get_output_embeddings().weight.shape == (2000, 16)
     assert causal_lm(model).get_output_embeddings().weight.device.type == "meta"
 
@@ -110,16 +114,17 @@ def test_seconds_grow_by_one_layer_at_a_time(tmp_path, monkeypatch):
         policy = models.load_policy(AutoModelForCausalLM.from_config(deep), args)
         network = models.load_feature_network(policy, args)  # layers 2, 4 and 6
     documents = Documents.of_length(40, 4, 4, 4, None)
-    batch = calibration.typical_micro_batch(None, documents, args, "all", Method(3, 4), most_rows=1)
+    method = Method(3, 4)
+    batch = calibration.typical_micro_batch(None, documents, args, "all", method, most_rows=1)
     assert (batch.rows, batch.share) == (1, 0.5)
 
-    def known(cut, reference, device):
+    def known(cut):
         layers = len(layer_list(causal_lm(cut.policy).base_model)[1])
         head = 10.0 if causal_lm(cut.policy).config.vocab_size == 2000 else 1.0
         return {"sampling": head + 2 * layers, "features": 1.0 + 3 * layers, "update": head + 5 * layers}
 
-    monkeypatch.setattr(calibration, "_one_round", known)
-    measured = calibration.stage_seconds(args, policy, network, False, batch)
+    monkeypatch.setattr(Cut, "step", known)
+    measured = calibration.stage_seconds(args, policy, network, method, batch)
     del measured["optimiser"]
     assert measured == {"sampling": 2 * (10 + 2 * 9), "features": 2 * (1 + 3 * 6), "update": 2 * (10 + 5 * 9)}
 

@@ -1,6 +1,8 @@
 """No stage reads a number back from the device: all of it runs on one that has no numbers (meta), where that raises.
 
-This also takes the attention of accelerators, through the whole of a model, as far as shapes and devices go.
+One read is left, once per micro-batch of the trainer and not run here: which of packed documents' blocks have no
+weight (`document_and_block_loss`). This also takes the attention of accelerators, through the whole of a model, as far
+as shapes and devices go.
 """
 
 import pytest

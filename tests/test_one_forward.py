@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 import oracles
@@ -70,6 +71,7 @@ def test_weighted_sum_on_every_support_in_any_chunks(monkeypatch, support, rows)
     tokens = sample_rollouts(tiny_model(), INPUT_IDS, LAYOUT, N, uniforms=uniforms(), **support).tokens
     expected, _, expected_gradients = apart(tiny_model(), tokens, **support)
     monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK_ON_CPU", rows)
+    monkeypatch.setattr(lm_head, "FEWEST_ROWS", 16)
     model = tiny_model()
     loss, _ = document_and_block_loss(model, INPUT_IDS, tokens, LAYOUT, weights(), **support)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-11)
@@ -86,7 +88,56 @@ def test_head_runs_once_for_the_weighted_sum():
     once = rows_through_the_head(
         lambda m: document_and_block_loss(m, INPUT_IDS, TOKENS, LAYOUT, weights())[0].backward()
     )
-    assert rows_through_the_head(lambda m: apart(m, TOKENS)) == 2 * once > 0
+    # One more row, to find out whose gradient is wanted.
+    assert rows_through_the_head(lambda m: apart(m, TOKENS)) == 2 * (once - 1) > 0
+
+
+class Borrowing(nn.Module):
+    """A head that computes with a weight of the decoder's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weight_of = lambda: model.model.embed_tokens.weight
+
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, self.weight_of())
+
+
+def test_head_with_a_weight_it_does_not_own():
+    plain, model = (tiny_model("llama") for _ in range(2))
+    for m in (plain, model):
+        m.lm_head = Borrowing(m)
+    log_probs = document_and_block_log_probs(plain, INPUT_IDS, TOKENS, LAYOUT)
+    expected = gradients(plain, sum((w * x).sum() for w, x in zip(weights(), log_probs, strict=True)))
+    loss, _ = document_and_block_loss(model, INPUT_IDS, TOKENS, LAYOUT, weights())
+    assert_same_gradients(gradients(model, loss), expected, 2e-6)
+
+
+def test_adapter_of_the_head_that_takes_no_part():
+    model = lora_model(target_modules=["lm_head"])
+    model.add_adapter("idle", LoraConfig(r=2, target_modules=["lm_head"]))
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    loss, _ = document_and_block_loss(model, INPUT_IDS, TOKENS, LAYOUT, weights())
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert all((grad is None) == ("idle" in name) for name, grad in grads.items())
+
+
+def test_impossible_token_without_weight_leaves_the_loss_finite():
+    model, one = tiny_model(), weights()
+    target = int(INPUT_IDS[0, 3])
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([target]), float("-inf"))
+    )
+    zero = one._replace(
+        document=one.document.masked_fill(INPUT_IDS[:, 1:] == target, 0),
+        blocks=one.blocks.masked_fill(target == TOKENS, 0),
+    )
+    loss, _ = document_and_block_loss(model, INPUT_IDS, TOKENS, LAYOUT, zero)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_blocks_without_weight_are_left_out():

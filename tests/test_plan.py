@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, Qwen2Config
 from ebft import BlockLayout, document_and_block_log_probs, footprint, planning
 from ebft.cli import main
 from ebft.cli.plan import HELP
+from ebft.logprobs import LogProbs
+from ebft.rollout import sample_and_sum
 from ebft.sizes import network_shape
 from tiny import byte_bpe_tokenizer
 
@@ -98,14 +101,19 @@ def test_token_forwards_of_the_papers_setting():
     }
     checkpointed = planning.token_forwards(size, METHOD, checkpointing=True)
     assert (checkpointed["update"], checkpointed["total"], checkpointed["sft"]) == (18320, 26716, 4096)
+    reused = planning.Method(rollouts=4, completion_length=8, reuse=True)
+    one_forward = planning.token_forwards(size, reused)
+    assert (one_forward["update"], one_forward["total"], one_forward["sft"]) == (2 * 4580, 17556, 3072)
+    assert planning.token_forwards(size, reused, checkpointing=True) == checkpointed, "nothing to reuse"
     with_reference = planning.Method(rollouts=4, completion_length=8, reference=True)
     assert planning.token_forwards(size, with_reference)["total"] == 22136 + 4580
 
 
 def test_plain_cross_entropy_costs_what_sft_costs():
     work = planning.Documents.of_length(1024, 8, 8, 8, max_blocks=0).sizes[0]
-    cost = planning.token_forwards(work, METHOD)
-    assert cost == {"update": 3072, "total": 3072, "sft": 3072, "ratio": 1}
+    for method in (METHOD, replace(METHOD, reuse=True)):
+        cost = planning.token_forwards(work, method)
+        assert cost == {"update": 3072, "total": 3072, "sft": 3072, "ratio": 1}
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
@@ -130,6 +138,40 @@ def test_operations_are_those_of_the_attention_mask():
     method = planning.Method(rollouts=2, completion_length=5)
     operations = planning.operations(work, method, attention_only, attention_only, checkpointing=False)
     assert operations["features"] == 4 * layout.attention_mask(2).sum()
+
+
+def test_operations_count_each_product_of_an_update():
+    work = planning.Documents.of_length(20, 3, 4, 5, None).sizes[0]
+    network = planning.Network(layers=1, hidden=3, queries=0, keys=1, inner=0, vocabulary=7, matrices=11)
+    packed = work.tokens + METHOD.decoded(work.blocks)
+    layers, head = 2 * 11 * packed, 2 * 3 * 7 * packed
+
+    def update(checkpointing=False, **changes):
+        return planning.operations(work, replace(METHOD, **changes), network, network, checkpointing)["update"]
+
+    assert update() == 3 * layers + 3 * head
+    assert update(reuse=True) == 2 * layers + 3 * head
+    assert update(checkpointing=True, reuse=True) == 4 * layers + 3 * head
+    assert update(linear=False) == 3 * layers + 4 * head, "the logits once more in the backward"
+    assert update(trained=0.0) == 2 * layers + 2 * head
+
+
+def test_plan_shows_whether_one_forward_samples_and_trains(plan):
+    def shown(*words):
+        planned = plan(*words)
+        costs = planned["token-forwards"]
+        ratios = [costs[way]["update"] / costs[way]["sampling"] for way in costs]
+        return planned["settings"]["reuse_sampling_forward"], ratios
+
+    one, two = [2, 4], [3, 4]  # passes without and with checkpointing
+    assert shown() == (True, one)
+    assert shown("--gradient_checkpointing") == (False, one)
+    assert shown("--reuse_sampling_forward", "false") == (False, two)
+    assert shown("--completion_length", "17") == (False, two), "too many keys to keep"
+    assert shown("--memory", "80") == (False, two), "for a GPU"
+    assert shown("--memory", "80", "--reuse_sampling_forward", "true") == (True, one)
+    assert shown("--beta", "0.1") == (True, one)
+    assert shown("--beta", "0.1", "--kl_estimator", "k3") == (False, two)
 
 
 def test_updates_are_those_of_a_run(plan, capsys):
@@ -203,16 +245,17 @@ def test_parameters_and_static_memory_are_those_of_the_models(plan):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(bf16, checkpointing):
+@pytest.mark.parametrize("way", ["one forward", "two forwards", "checkpointing"])
+def test_activations_are_what_autograd_keeps(bf16, way):
     config = Qwen2Config(**SIZES | dict(hidden_size=128, intermediate_size=352, num_attention_heads=4, head_dim=32))
     model = AutoModelForCausalLM.from_config(config).train()
-    if checkpointing:
+    if way == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = BlockLayout(length=128, stride=8, context_length=8, completion_length=8)
     documents = torch.randint(320, (1, layout.length))
     tokens = torch.randint(320, (1, layout.num_blocks, 4, 8))
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = []
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -220,26 +263,34 @@ def test_activations_are_what_autograd_keeps(bf16, checkpointing):
             kept[storage.data_ptr()] = storage  # alive, so that no address comes twice
         return tensor
 
+    def weigh(rollouts):  # when all of the decoder's activations are there, and none of the head's
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
+        return LogProbs(torch.zeros(1, 127), torch.zeros(rollouts.tokens.shape))
+
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        document_and_block_log_probs(model, documents, tokens, layout)
+        if way == "one forward":
+            sample_and_sum(model, documents, layout, 4, weigh)
+        else:
+            document_and_block_log_probs(model, documents, tokens, layout)
+            sizes.append(sum(storage.nbytes() for storage in kept.values()))
     run = footprint.Footprint(
         footprint.Weights(policy=0, trained=sum(p.numel() for p in model.parameters())),
-        METHOD,
+        replace(METHOD, reuse=way == "one forward"),
         network_shape(model.base_model),
         bf16=bf16,
-        checkpointing=checkpointing,
+        checkpointing=way == "checkpointing",
     )
     memory = run.memory(planning.Documents.of_length(128, 8, 8, 8, None).largest_row, 1)
-    measured, planned = sum(storage.nbytes() for storage in kept.values()), memory["activations"]
-    if checkpointing:  # the layer that is being computed again comes on top in the backward
-        planned = 4 * 128 * (4 + footprint.FINAL_HIDDEN) * (128 + layout.num_blocks * 4 * 7)
+    hidden = 4 * 128 * (128 + layout.num_blocks * 4 * 7)  # bytes of the hidden states of all tokens
+    gathered = 0 if way == "one forward" else hidden  # the head's rows
+    planned = memory["activations"] + gathered + (memory["bf16 copies of weights"] if bf16 else 0)
+    if way == "checkpointing":  # the layer that is being computed again comes on top in the backward
+        planned = (4 + 2) * hidden + gathered
         assert memory["activations"] > planned
-    elif bf16:
-        planned += memory["bf16 copies of weights"]
-    assert measured == pytest.approx(planned, rel=0.05)
+    assert sizes[0] == pytest.approx(planned, rel=0.05)
 
 
 def test_time_needs_a_rate(plan):
@@ -279,7 +330,14 @@ def test_memory_must_be_positive(workplace, capsys):
 def test_tables_show_what_json_says(workplace, capsys):
     assert main(["plan", *options()]) == 0
     text = capsys.readouterr().out
-    shown = ("settings", "tokens per document", "without checkpointing", "KV cache", "largest that fits", "or --flops")
+    shown = (
+        "settings",
+        "tokens per document",
+        "without checkpointing",
+        "in sampling",
+        "largest that fits",
+        "or --flops",
+    )
     for word in (*shown, "[1, 2, 3]"):
         assert word in text
 

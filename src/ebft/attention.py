@@ -25,9 +25,9 @@ from ._compat import attention_of, set_attention
 from .blocks import BlockLayout
 from .merged import merged_attention
 
-# A chunk's rollouts all see each other's keys before masking, so a larger chunk wastes work and a smaller one has more
-# overhead; about 128 keys are near the best on a CPU. An accelerator pays for every launch: four times fewer (counted,
-# not measured).
+# Where `merged` does not do it: a chunk's rollouts all see each other's keys before masking, so a larger chunk wastes
+# work and a smaller one has more overhead; 64 to 256 keys are alike on a CPU. An accelerator pays for every launch:
+# four times fewer (counted, not measured).
 KEYS_PER_CHUNK_ON_CPU = 128
 KEYS_PER_CHUNK = 512
 PREFIX = "ebft_"  # of the names our attention is registered under

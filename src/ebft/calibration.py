@@ -2,39 +2,31 @@
 
 Three cuts of the model that is to be trained are timed by turns: its first layer with the whole vocabulary, and its
 first 1 and 3 layers with a small one. The difference of the last two is what layers cost; beside a large vocabulary it
-would be lost in the noise. No weights are read: the models are filled from the shapes that a plan holds anyway.
+would be lost in the noise.
 Shape letters: B rows, K blocks, N rollouts, P document tokens, V vocabulary.
 """
 
-import copy
 import random
 import statistics
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
-from . import noise
 from .config import EBFTConfig
+from .cut import Cut
 from .data import BlockCollator
-from .experience import Experience, experience_sums
-from .features import FeatureNetwork, adapters_off, layer_list
+from .features import FeatureNetwork, layer_list
 from .footprint import ADAMW, FLOAT32, Footprint, Weights, largest_batch
 from .forward import causal_lm
-from .layouts import batch_layout, no_rollouts
-from .logprobs import block_log_probs, document_and_block_log_probs
+from .layouts import batch_layout
 from .measuring import seconds
 from .planning import Documents, Method, Work, operations
-from .recorder import StepRecorder
-from .rewards import gram_matrices, rewards_from_gram
-from .rollout import Rollouts, sample_rollouts
 
 VOCABULARY = 1024  # tokens of the cuts whose layers are compared
 DEPTHS = (1, 3)  # their layers
@@ -139,146 +131,14 @@ def most_rows(footprint: Footprint, row: Work, update: float, limit: float, devi
     fits = largest_batch(cut, row, limit + ADAMW * kept.trained)  # which is not there
     if not fits:
         raise ValueError(
-            f"calibrate: one row of {row.tokens:.0f} tokens and one layer do not fit into {limit / 2**30:.1f} GiB; "
+            f"calibrate: one row of {row.tokens:.0f} tokens and one layer do not fit into {limit / 2**30:.3g} GiB; "
             "lower max_length, or give --flops instead."
         )
     return min(fits, max(1, int(MOST_OPERATIONS / update))) if device.type == "cpu" else fits
 
 
-class Cut:
-    """The first layers of a policy and of its feature network, with random weights, and a run's stages on them.
-
-    Args:
-        args: Settings of the run.
-        policy: The model to train, on the meta device.
-        network: Its feature network, likewise, or None.
-        depth: Layers.
-        vocabulary: Keep so many tokens; None keeps all.
-        micro_batch: What the stages run on.
-        device: Where.
-    """
-
-    def __init__(self, args: EBFTConfig, policy, network, depth, vocabulary, micro_batch: MicroBatch, device):
-        self.args, self.layout = args, micro_batch.batch["layout"]
-        self.batch = {k: v.to(device) for k, v in micro_batch.batch.items() if isinstance(v, Tensor)}
-        self.batch["layout"] = self.layout
-        self.policy = cut_model(policy, depth, vocabulary, device).train()
-        tokens = causal_lm(self.policy).get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        self.batch["input_ids"] = self.batch["input_ids"] % tokens  # type: ignore[operator]
-        self.network = None
-        if network is not None:
-            shared = network.model is policy
-            self.network = copy.copy(network)
-            self.network.model = self.policy if shared else cut_model(network.model, depth, vocabulary, device)
-            self.network.decoder = causal_lm(self.network.model).base_model
-            self.network.layer_indices = [min(index, depth) for index in network.layer_indices]
-        if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # its name changed within transformers 5
-                causal_lm(self.policy).gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-            if hasattr(self.policy, "peft_config"):
-                causal_lm(self.policy).enable_input_require_grads()
-        if args.bf16:  # per call, as accelerate does it
-            model: Any = self.policy
-            model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-        self.rollouts: Any = None
-
-    def stages(self, reference: bool) -> dict[str, Callable[[], None]]:
-        """What an update does with a micro-batch, by stage, in its order."""
-        if self.network is None or not self.layout.num_blocks:
-            return {"update": self.update}
-        stages = {"sampling": self.sample, "features": self.score}
-        return stages | ({"reference": self.refer} if reference else {}) | {"update": self.update}
-
-    def sample(self) -> None:
-        """Sample the rollouts."""
-        args, ids = self.args, self.batch["input_ids"]
-        uniforms = noise.sampling_uniforms(
-            self.layout,
-            self.batch["document_ids"].cpu(),
-            args.num_generations,
-            seed=args.seed,
-            purpose=noise.SAMPLING,
-            step=0,
-        )
-        self.rollouts = sample_rollouts(
-            self.policy, ids, self.layout, args.num_generations, uniforms=uniforms, **args.sampling
-        )
-
-    @torch.no_grad()
-    def score(self) -> None:
-        """Features of the rollouts, and rewards and metrics out of them."""
-        assert self.network is not None
-        args, rollouts = self.args, self.rollouts
-        gram = gram_matrices(*self.network(self.batch["input_ids"], rollouts.tokens, self.layout))
-        rewards = rewards_from_gram(
-            gram,
-            alignment_coef=args.alignment_coef,
-            diversity_coef=args.diversity_coef,
-            whitening=args.whitening,
-            alignment=args.alignment,
-        )
-        StepRecorder().add(experience_sums(Experience(rollouts, gram, rewards), self.layout))
-
-    @torch.no_grad()
-    def refer(self) -> None:
-        """Log-probs of the initial policy, whose place this one takes."""
-        with adapters_off(self.policy):
-            block_log_probs(
-                self.policy, self.batch["input_ids"], self.rollouts.tokens, self.layout, **self.args.sampling
-            )
-
-    def update(self) -> None:
-        """Forward and backward."""
-        rollouts: Rollouts | None = self.rollouts
-        tokens, layout = no_rollouts(self.batch) if rollouts is None else (rollouts.tokens, self.layout)
-        wanted = self.batch["labels"][:, 1:] != -100
-        mask = wanted if self.args.ce_coef else torch.zeros_like(wanted)
-        log_probs = document_and_block_log_probs(
-            self.policy, self.batch["input_ids"], tokens, layout, document_mask=mask, **self.args.sampling
-        )
-        (log_probs.document.sum() + log_probs.blocks.sum()).backward()
-        self.policy.zero_grad()
-
-
-def cut_model(model: nn.Module, depth: int, vocabulary: int | None, device: torch.device) -> nn.Module:
-    """A copy of a model on the meta device, cut to its first layers, with random weights on `device`.
-
-    Args:
-        model: A causal LM, a peft model around one, or a decoder.
-        depth: Layers that are kept.
-        vocabulary: Tokens that are kept, where embeddings and LM head are plain ones; None keeps all.
-        device: Of the copy.
-    """
-    model = copy.deepcopy(model)
-    lm: Any = causal_lm(model)
-    name, layers = layer_list(lm.base_model)
-    setattr(lm.base_model, name, nn.ModuleList(list(layers)[:depth]))
-    if vocabulary is not None:
-        _keep_tokens(lm, vocabulary)
-    model.to_empty(device=device)
-    lm.tie_weights()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.ones_(parameter)
-    for buffer in model.buffers():  # what is in them does not matter, as long as it is a number
-        buffer.fill_(1)
-    return model
-
-
-def _keep_tokens(lm: Any, count: int) -> None:
-    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    for module in (embeddings, head):
-        if isinstance(module, (nn.Embedding, nn.Linear)) and len(module.weight) > count:
-            module.weight = nn.Parameter(module.weight[:count], requires_grad=module.weight.requires_grad)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias = nn.Parameter(module.bias[:count], requires_grad=module.bias.requires_grad)
-    embeddings.padding_idx = None
-    config = lm.config.get_text_config()
-    config.vocab_size = min(count, config.vocab_size)
-
-
 def stage_seconds(
-    args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | None, reference: bool, micro_batch: MicroBatch
+    args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | None, method: Method, micro_batch: MicroBatch
 ) -> dict[str, float]:
     """Seconds of each stage on the run's average micro-batch with the whole model, of the optimiser's step once.
 
@@ -286,28 +146,27 @@ def stage_seconds(
         args: Settings of the run.
         policy: The model to train, on the meta device.
         network: Its feature network, likewise, or None.
-        reference: Whether the initial policy scores the rollouts.
+        method: Of the run.
         micro_batch: What is timed.
 
     Returns:
         `sampling`, `features`, `reference`, `update` (those the run has), and `optimiser`.
     """
-    device = args.device
     layers = len(layer_list(causal_lm(policy).base_model)[1])
     tops = {"features": 0 if network is None else max(network.layer_indices)}
     cuts = [
-        Cut(args, policy, network, depth, vocabulary, micro_batch, device)
+        Cut(args, policy, network, depth, vocabulary, micro_batch.batch, method)
         for depth, vocabulary in [(DEPTHS[0], None), *((depth, VOCABULARY) for depth in DEPTHS)]
     ]
     with Progress(console=Console(file=sys.stderr), transient=True) as progress:
         rounds = progress.add_task("Timing the engine's stages", total=1 + MOST_ROUNDS)
-        times = [[_one_round(cut, reference, device)] for cut in cuts]
+        times = [[cut.step()] for cut in cuts]
         warm_up = sum(sum(measured[0].values()) for measured in times)
         count = min(MOST_ROUNDS, int(BUDGET / warm_up))  # 0 where the warm-up took too long to be repeated
         progress.update(rounds, total=1 + count, advance=1)
         for _ in range(count):
             for measured, cut in zip(times, cuts, strict=True):
-                measured.append(_one_round(cut, reference, device))
+                measured.append(cut.step())
             progress.advance(rounds)
     times = [measured[1:] or measured for measured in times]
     whole, *thin = ({k: statistics.median(t[k] for t in measured) for k in measured[0]} for measured in times)
@@ -317,14 +176,10 @@ def stage_seconds(
         shallow, deep = (min(d, depth) for d in DEPTHS)
         layer = max(0.0, thin[1][stage] - thin[0][stage]) / max(1, deep - shallow)
         out[stage] = (first + (depth - shallow) * layer) / micro_batch.share
-    return out | {"optimiser": optimiser_seconds(args, policy, device)}
+    return out | {"optimiser": optimiser_seconds(args, policy)}
 
 
-def _one_round(cut: Cut, reference: bool, device: torch.device) -> dict[str, float]:
-    return {name: seconds(run, device) for name, run in cut.stages(reference).items()}
-
-
-def optimiser_seconds(args: EBFTConfig, policy: nn.Module, device: torch.device) -> float:
+def optimiser_seconds(args: EBFTConfig, policy: nn.Module) -> float:
     """Seconds of one step of the run's optimiser, with the norm and the clipping of the gradients before it."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     taken: list[nn.Parameter] = []
@@ -333,7 +188,7 @@ def optimiser_seconds(args: EBFTConfig, policy: nn.Module, device: torch.device)
         if not taken or sum(p.numel() for p in taken) + size <= OPTIMISED:
             rows = min(1.0, OPTIMISED / size)
             shape = (max(1, int(parameter.shape[0] * rows)), *parameter.shape[1:])
-            taken.append(nn.Parameter(torch.randn(shape, device=device)))
+            taken.append(nn.Parameter(torch.randn(shape, device=args.device)))
     for parameter in taken:
         parameter.grad = torch.randn_like(parameter)
     optimiser_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -345,6 +200,6 @@ def optimiser_seconds(args: EBFTConfig, policy: nn.Module, device: torch.device)
             nn.utils.clip_grad_norm_(taken, args.max_grad_norm)
         optimiser.step()
 
-    times = [seconds(step, device) for _ in range(1 + MOST_ROUNDS)][1:]
+    times = [seconds(step, args.device) for _ in range(1 + MOST_ROUNDS)][1:]
     share = sum(p.numel() for p in taken) / sum(p.numel() for p in trained)
     return statistics.median(times) / share

@@ -20,6 +20,9 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) ->
     return field(default=default, metadata=metadata)
 
 
+LONGEST_REUSED = 16  # tokens of a block
+
+
 @dataclass
 class EBFTConfig(TrainingArguments):
     """Settings of `EBFTTrainer`; the fields' help texts are their documentation. Names and meaning as in TRL where it
@@ -83,7 +86,8 @@ class EBFTConfig(TrainingArguments):
     reuse_sampling_forward: bool | None = _setting(
         None,
         "Take the gradient from the forward that sampled instead of a second one. Default: on the CPU, without "
-        "gradient checkpointing.",
+        f"gradient checkpointing, for completion_length up to {LONGEST_REUSED} (it keeps every step's keys). Never "
+        "with FSDP, DeepSpeed, kl_estimator k2 or k3, or a changed `sample` or `compute_policy_loss`.",
     )
 
     # --- data ---
@@ -193,6 +197,13 @@ class EBFTConfig(TrainingArguments):
                 f"completion_length={self.completion_length} does not fit behind context_length={self.context_length} "
                 f"in max_length={self.max_length}: shorten one of the two or raise max_length."
             )
+
+    def reuses_sampling_forward_on(self, device: torch.device) -> bool:
+        """`reuse_sampling_forward`, or its default on `device`."""
+        if self.reuse_sampling_forward is not None:
+            return self.reuse_sampling_forward
+        short = self.completion_length <= LONGEST_REUSED
+        return device.type == "cpu" and short and not self.checkpoints_activations
 
     @property
     def checkpoints_activations(self) -> bool:

@@ -6,20 +6,30 @@ Shape letters: P document tokens, K blocks, N rollouts, G generated tokens, V vo
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .planning import Method, Network, Work, limited
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 ADAMW = 2 * FLOAT32  # both moments, per trained parameter
-# Float32 copies of a chunk of logits beside the logits themselves: `lm_head.head_log_probs`, forward and backward.
+# Float32 copies of a chunk of logits beside the logits as they come: divided by the temperature, and their log-softmax
+# (`lm_head._all_log_probs`). A block's first row keeps one more, the gradient of the documents' own token.
 LOGITS_COPIES = 2
-# Copies of the LM head's gradient at once: of all chunks so far, of the one at hand, and their sum.
-HEAD_GRADIENTS = 2
-DRAW_COPIES = 5  # likewise, all in all, of a decoding step's logits: `rollout._draw`
-# What a layer holds per token in a forward without gradient: between the layers, within them, inside the MLP.
-PASSING_RESIDUAL, PASSING_HIDDEN, PASSING_INNER = 2, 4, 3
-# Inputs of the final norm, its results, and the rows that the LM head reads: `logprobs._packed_forward`.
-FINAL_HIDDEN = 3
+# Copies of a chunk of logits while the head's gradient is formed: logits, their gradient, and what picking the only
+# row of a batch makes of it (`lm_head._chunk`, `forward.Head`).
+PRODUCT_COPIES = 2
+# Copies of a decoding step's logits: divided by the temperature, log-softmax, probabilities (`rollout._draw`).
+DRAW_COPIES = 3
+# Hidden states of all tokens beside the layers': packed, gathered for the LM head, and the gradient of these
+# (`logprobs.Rows.weighted_sum`); or the steps' own, stacked, and packed (`rollout._decode`).
+HEAD_HIDDEN = 3
+# What a forward without gradient holds per token inside a layer: embeddings, the layer's input, the residual stream
+# and its norm; gate, up and their product.
+PASSING_HIDDEN, PASSING_INNER = 4, 3
+# What a backward holds per token at its first layer beside what the forward kept: the gradients of the head's rows, of
+# the residual stream before and after; that of the MLP's product (gate and up have gone by the time theirs come).
+BACKWARD_HIDDEN, BACKWARD_INNER = 3, 1
+SCORE_COPIES = 2  # of capped scores: after tanh and after softmax (`attention._attention`)
 LORA_SHARE = 0.5  # of the weights: where fewer are trained, an adapter would save little
 
 
@@ -51,32 +61,43 @@ class Footprint:
         method: Of the run.
         policy: Its shape.
         feature: The shape of the feature network up to its top tap; None without one.
+        taps: Layers whose output is a feature.
         bf16: Autocast.
         bf16_base: The frozen weights are bfloat16, and so is all between the layers.
         checkpointing: Keep only the input of each layer, and compute the rest again.
         accumulates: Several micro-batches per update: gradients stay between them.
         processes: With more than one, gradients are copied into buckets to be summed.
-        logits_per_chunk: Elements of the logits that are computed at a time.
+        rows_per_chunk: Rows of logits that are computed at a time.
         keys_per_chunk: Own keys of the rollouts that are attended together with one copy of their prefix; None where
-            attention copies nothing.
+            attention copies nothing (`merged`).
+        masked: The documents' own attention takes a mask: they are packed, or a layer has a sliding window.
+        capped_heads: Query heads whose scores are capped (Gemma 2), for which all scores are kept; or 0.
     """
 
     weights: Weights
     method: Method
     policy: Network
     feature: Network | None = None
+    taps: int = 1
     bf16: bool = False
     bf16_base: bool = False
     checkpointing: bool = False
     accumulates: bool = True
     processes: int = 1
-    logits_per_chunk: int = 2**25
+    rows_per_chunk: int = 2**10
     keys_per_chunk: int | None = None
+    masked: bool = False
+    capped_heads: int = 0
 
     @property
     def compute(self) -> int:
         """Bytes of a number inside the layers."""
         return BFLOAT16 if self.bf16 else FLOAT32
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number between the layers."""
+        return BFLOAT16 if self.bf16_base else FLOAT32
 
     def lasting(self) -> dict[str, float]:
         """Bytes that are held whatever the micro-batch; gradients where they are all there."""
@@ -89,105 +110,151 @@ class Footprint:
             "gradients": FLOAT32 * weights.trained * (1 if self.processes == 1 else 2),
         }
 
-    @property
-    def residual(self) -> int:
-        """Bytes of a number between the layers."""
-        return BFLOAT16 if self.bf16_base else FLOAT32
-
     def memory(self, row: Work, batch_size: int) -> dict[str, float]:
         """Bytes by item, then the most that each stage holds beyond the lasting ones, then the total.
 
-        The stages follow each other, so only the largest is in the total; and without accumulation the gradients grow
-        while the activations go.
+        Only the largest stage is in the total. Without accumulation the gradients grow while the activations go.
 
         Args:
             row: The largest row of a micro-batch, to which all are padded.
             batch_size: Rows.
         """
-        lasting = self.lasting()
-        tokens = batch_size * (row.tokens + self.method.decoded(row.blocks))
+        lasting, tokens, policy = self.lasting(), self._tokens(row, batch_size), self.policy
         copies = BFLOAT16 * self.weights.trained if self.bf16 else 0
-        layer, inputs = self._kept_by_layer(row, batch_size), tokens * self.residual * self.policy.hidden
-        kept = (inputs if self.checkpointing else layer) * self.policy.layers + FINAL_HIDDEN * inputs
+        layer = self._kept_by_layer(row, batch_size)
+        inputs = tokens.packed * self.residual * policy.hidden
+        kept = policy.layers * (inputs if self.checkpointing else layer) + self._kept_by_norms(1) * tokens.packed
         logits = self._logits(row, batch_size)
         parts = {"bf16 copies of weights": copies, "activations": kept, "logits chunk": logits}
-        stages = {"update": copies + kept + logits}
-        if self.checkpointing:  # a layer that is computed again, and a gradient inside it
-            parts["activations"] = again = kept + layer + tokens * self.compute * self.policy.inner
-            stages["update"] = max(stages["update"], again + copies / self.policy.layers)
+        backward = self._backward(row, batch_size, layer)
+        if self.checkpointing:
+            parts["activations"] += layer
+            backward -= copies * (1 - 1 / policy.layers)  # made again, a layer at a time
+        stages = {}
         if row.blocks:
-            parts["KV cache"] = 2 * self.compute * self.policy.layers * self.policy.keys * tokens
-            stages = self._without_gradient(row, batch_size, parts["KV cache"], copies) | stages
-        gradients = lasting["gradients"]
-        growing = 0 if self.accumulates or self.processes > 1 else gradients
-        at_once = max(*stages.values(), growing + stages["update"] / self.policy.layers)
+            parts |= {} if self._reuses(row) else {"KV cache": self._cache(tokens.packed)}
+            stages = self._without_gradient(row, batch_size, copies, kept)
+        stages["update"] = copies + kept + max(logits + HEAD_HIDDEN * inputs, backward)
+        growing = 0 if self.accumulates or self.processes > 1 else lasting["gradients"]
+        at_once = max(*stages.values(), growing + stages["update"] / policy.layers)
         total = sum(lasting.values()) - growing + at_once
         return lasting | parts | {f"in {name}": size for name, size in stages.items()} | {"total": total}
 
-    def _without_gradient(self, row: Work, batch_size: int, cache: float, copies: float) -> dict[str, float]:
-        """The most that sampling, features and reference hold."""
-        document, drawn = batch_size * row.tokens, batch_size * row.blocks * self.method.rollouts
-        packed = batch_size * (row.tokens + self.method.decoded(row.blocks))
-        logits = DRAW_COPIES * FLOAT32 * self.policy.vocabulary * min(drawn, self._rows_per_chunk())
-        prefill = cache * document / packed + self._passing(self.policy, document, self.residual)
-        decoding = cache + max(logits, self._passing(self.policy, drawn, self.residual))
-        stages = {"sampling": copies + max(prefill, decoding)}
+    def _reuses(self, row: Work) -> bool:
+        return self.method.reuses(self.checkpointing) and row.blocks > 0
+
+    def _tokens(self, row: Work, batch_size: int) -> "_Tokens":
+        document, step = batch_size * row.tokens, batch_size * row.blocks * self.method.rollouts
+        return _Tokens(document, step, document + batch_size * self.method.decoded(row.blocks))
+
+    def _without_gradient(self, row: Work, batch_size: int, copies: float, kept: float) -> dict[str, float]:
+        """The most that sampling, features and reference hold; on top of the activations, if these are there."""
+        tokens, reuses = self._tokens(row, batch_size), self._reuses(row)
+        hidden = tokens.packed * self.residual * self.policy.hidden
+        draw = DRAW_COPIES * FLOAT32 * self.policy.vocabulary * min(tokens.step, self.rows_per_chunk)
+        if reuses:
+            stages, before = {"sampling": copies + kept + draw}, copies + kept + hidden
+        else:
+            prefill = self._cache(tokens.document) + self._passing(self.policy, tokens.document, self.residual)
+            decoding = max(draw, HEAD_HIDDEN * hidden, self._passing(self.policy, tokens.step, self.residual))
+            stages, before = {"sampling": copies + max(prefill, self._cache(tokens.packed) + decoding)}, 0
         if self.feature is not None:
-            tokens = document + drawn * self.method.completion_length
-            stages["features"] = self._passing(self.feature, tokens, self.compute)
+            scored = tokens.document + tokens.step * self.method.completion_length
+            other_taps = self.compute * self.feature.hidden * (self.taps - 1)
+            stages["features"] = before + self._passing(self.feature, scored, self.compute) + other_taps * scored
         if self.method.reference:
-            passing = self._passing(self.policy, packed, self.residual)
-            scored = self._per_logit() * self._largest_chunk(row, batch_size)
-            stages["reference"] = max(passing, scored + self.residual * self.policy.hidden * packed)
+            passing = self._passing(self.policy, tokens.packed, self.residual)
+            chunk = self._per_logit() * self.policy.vocabulary * min(tokens.packed, self.rows_per_chunk)
+            stages["reference"] = before + max(passing, 2 * hidden + chunk)
         return stages
+
+    def _cache(self, tokens: float) -> float:
+        """Bytes of keys, which the rotation makes as wide as what is between the layers, and values."""
+        return (self.residual + self.compute) * self.policy.layers * self.policy.keys * tokens
 
     def _passing(self, network: Network, tokens: float, residual: int) -> float:
         """Bytes of a forward that keeps nothing."""
-        within = PASSING_HIDDEN * network.hidden + PASSING_INNER * network.inner
-        return tokens * (residual * PASSING_RESIDUAL * network.hidden + self.compute * within)
+        within = residual * PASSING_HIDDEN * network.hidden + self.compute * PASSING_INNER * network.inner
+        return tokens * within
+
+    def _backward(self, row: Work, batch_size: int, layer: float) -> float:
+        """The most that the backward holds beside all that the forward kept."""
+        tokens, policy = self._tokens(row, batch_size), self.policy
+        within = self.residual * BACKWARD_HIDDEN * policy.hidden + self.compute * BACKWARD_INNER * policy.inner
+        if not self._reuses(row):
+            return tokens.packed * within + (layer if self.checkpointing else 0)
+        # The decoding goes backwards step by step. Until the documents' turn, the gradients of the weights, which all
+        # steps share, wait beside those of earlier micro-batches; and so do those of the keys and values.
+        steps = max(1, self.method.completion_length - 1)
+        of_steps = policy.layers * (layer - self._kept_by_layer(row._replace(blocks=0, prefixes=0), batch_size))
+        keys = 2 * self.residual * policy.layers * policy.keys
+        at_hand = 2 * min(self.weights.trained, policy.hidden * policy.inner)  # one weight's gradient, and the new sum
+        waiting = FLOAT32 * (self.weights.trained + at_hand) + keys * tokens.document
+        first = keys * tokens.step * (steps - 1) - of_steps / steps
+        return waiting + max(first, tokens.document * within - of_steps)
 
     def _logits(self, row: Work, batch_size: int) -> float:
-        """Bytes of the update's LM head: a chunk of logits, or the gradient of the head's weights.
-
-        The backward starts with the rollouts' chunks. From the second chunk on, there is also the gradient so far.
-        """
-        head, limit = FLOAT32 * self.weights.head, self._rows_per_chunk()
-        rollouts = batch_size * self.method.decoded(row.blocks)
-        others = min(limit, batch_size * max(row.tokens - row.blocks, row.blocks))
-        later = limit if rollouts > limit else others
-        per_row = self._per_logit() * self.policy.vocabulary
-        gradients = (HEAD_GRADIENTS + self.compute / FLOAT32) * head  # the chunk's own as it comes out of the product
-        return max(per_row * min(limit, rollouts), per_row * later + head, gradients)
-
-    def _largest_chunk(self, row: Work, batch_size: int) -> float:
-        """Logits of the largest chunk: of the rollouts, or of the document's rows."""
-        rows = max(self.method.decoded(row.blocks), row.tokens - row.blocks, row.blocks)
-        return self.policy.vocabulary * min(batch_size * rows, self._rows_per_chunk())
-
-    def _rows_per_chunk(self) -> int:
-        return max(16, self.logits_per_chunk // self.policy.vocabulary)
+        """Bytes of the LM head in the update: a chunk of logits, its gradient, the gradient of the head's weights."""
+        limit, head, vocabulary = self.rows_per_chunk, FLOAT32 * self.weights.head, self.policy.vocabulary
+        starts = min(limit, batch_size * row.blocks)
+        rows = min(limit, batch_size * max(row.tokens - row.blocks, self.method.decoded(row.blocks)))
+        scoring = max((self._per_logit() + FLOAT32) * starts, self._per_logit() * rows) * vocabulary
+        product = PRODUCT_COPIES * self.compute * max(starts, rows) * vocabulary
+        # The chunk's own gradient of the head, as it comes out of the product and in float32.
+        new = head if not self.bf16 else head + self.compute * self.weights.head
+        return head + max(scoring, product + new)
 
     def _per_logit(self) -> int:
-        return self.compute + LOGITS_COPIES * FLOAT32
+        return self.compute + FLOAT32 * (LOGITS_COPIES + self.bf16)
+
+    def _kept_by_norms(self, count: int) -> float:
+        """Bytes per token of that many norms: their input and, if they are trained, its normalised form."""
+        return count * (2 if self.method.trained == 1 else 1) * FLOAT32 * self.policy.hidden
 
     def _kept_by_layer(self, row: Work, batch_size: int) -> float:
         """Bytes that one layer keeps for its backward: what autograd saves in a Llama layer.
 
-        Both norms keep their input in float32 and, if they are trained, its normalised form. Under autocast q, k, v,
-        gate and up cast their input each for itself. Attention keeps queries, keys and values, and its output as it
-        comes and as it is projected (`merged.merged_attention`); in `attention.attend`, each chunk of rollouts also
-        keeps a copy of its prefix's keys and values, and a mask (equal rows share it, which is not counted on here).
+        Under autocast q, k, v, gate and up cast their input each for itself. Attention keeps queries, keys, values,
+        its output as it comes and as it is projected; the MLP gate, its activation, up and their product.
         """
         network, compute, decoded = self.policy, self.compute, self.method.decoded(row.blocks)
         casts = 5 if self.bf16 else 2
-        norms = 2 * (1 if self.bf16_base else 2) * FLOAT32 * network.hidden + casts * compute * network.hidden
-        attention = compute * (4 * network.queries + 2 * network.keys)
-        kept = (row.tokens + decoded) * (norms + attention + 4 * compute * network.inner)
+        products = casts * network.hidden + 3 * network.queries + 4 * network.inner
+        per_token = self._kept_by_norms(2) + compute * products
+        # With one forward, each decoding step keeps its rollouts' keys so far: 1 + 2 + ... + (G - 1) tokens of each.
+        own = decoded * self.method.completion_length / 2 if self._reuses(row) else decoded
+        keys = 2 * compute * network.keys * (row.tokens + own)
+        return batch_size * (per_token * (row.tokens + decoded) + keys + self._kept_by_attention(row, own))
+
+    def _kept_by_attention(self, row: Work, own: float) -> float:
+        """Bytes that a row's attention keeps in one layer beside queries, keys, values and outputs.
+
+        Args:
+            row: The row.
+            own: Tokens of rollouts whose keys are kept.
+        """
+        network, compute, decoded = self.policy, self.compute, self.method.decoded(row.blocks)
+        shared = network.queries / network.keys  # query heads per key head
+        kept = 0.0
+        if self.masked:  # queries by key head, and the mask as numbers
+            kept += compute * row.tokens * (network.queries + shared * row.tokens)
+        if self.capped_heads:
+            kept += SCORE_COPIES * FLOAT32 * self.capped_heads * row.tokens**2
         if decoded and self.keys_per_chunk:
-            keys = row.prefixes / row.blocks + self.keys_per_chunk  # that a chunk of rollouts sees
-            copies = 2 * network.keys * keys * decoded / self.keys_per_chunk
-            kept += compute * (copies + keys * decoded * network.queries / network.keys)
-        return batch_size * kept
+            seen = row.prefixes / row.blocks + self.keys_per_chunk  # keys, by a chunk of rollouts
+            copies = 2 * network.keys * seen * own / self.keys_per_chunk
+            kept += compute * (copies + network.queries * decoded)
+            per_pair = SCORE_COPIES * FLOAT32 * self.capped_heads or compute * shared  # scores, or the mask
+            kept += per_pair * seen * decoded
+        return kept
+
+
+class _Tokens(NamedTuple):
+    """A micro-batch in tokens: of its documents, of one decoding step, and all that go through the policy."""
+
+    document: float
+    step: float
+    packed: float
 
 
 def largest_batch(footprint: Footprint, row: Work, limit: float) -> int:

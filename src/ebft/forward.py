@@ -36,16 +36,31 @@ class Head:
         """V, columns of the logits."""
         return self.lm.config.get_text_config().vocab_size
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters between hidden rows and logits, those shared with the embeddings among them."""
-        modules = [child for child in self.lm.children() if child is not self.lm.base_model]
-        found = [*self.lm.parameters(recurse=False), *(p for module in modules for p in module.parameters())]
-        return [p for p in dict.fromkeys(found) if p.requires_grad]
+    def parameters(self, like: Tensor) -> list[Tensor]:
+        """The trained parameters that logits depend on, whoever owns them: the leaves of one row's graph.
+
+        Args:
+            like: Any tensor [..., H] of the hidden states' type and device.
+        """
+        with torch.enable_grad():
+            logits = self(like.new_zeros(1, like.shape[-1]))
+        found: list[Tensor] = []
+        seen, waiting = set(), [logits.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)  # of a node that adds up a leaf's gradients
+            if leaf is not None:
+                found.append(leaf)
+            waiting += [following for following, _ in node.next_functions]
+        return found
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Logits [M, V] of hidden rows [M, H]."""
         with _decoder_returning(self.lm.base_model, self.output_type(last_hidden_state=rows[None])):
-            return vars(self.lm)[ORDINARY](inputs_embeds=rows[None], use_cache=False).logits[0]
+            return vars(self.lm)[ORDINARY](inputs_embeds=rows[None], use_cache=False).logits.squeeze(0)
 
 
 class Parts:

@@ -18,7 +18,7 @@ from .forward import Head, at_least_float32
 # large products.
 LOGITS_PER_CHUNK = 2**27  # 512 MiB in float32
 LOGITS_PER_CHUNK_ON_CPU = 2**22
-FEWEST_ROWS = 16
+FEWEST_ROWS = 128  # below, a large vocabulary's head spends its time on reading and adding up weights
 
 Support = tuple[float, int, float]  # temperature, top_k, top_p
 Columns = list[tuple[Support, int]]  # runs of the S targets of a row, and on which support they are scored
@@ -105,7 +105,8 @@ def head_weighted_sum(groups: list[Weighted], head: Head) -> tuple[Tensor, list[
         The sum [] with gradient, and the log-probs [M, S] of each group.
     """
     hidden = [group.hidden for group in groups]
-    total, *log_probs = _WeightedSum.apply(head, groups, *hidden, *head.parameters())  # type: ignore[misc]
+    parameters = head.parameters(hidden[0])
+    total, *log_probs = _WeightedSum.apply(head, groups, *hidden, *parameters)  # type: ignore[misc]
     return total, log_probs
 
 
@@ -154,7 +155,8 @@ class _WeightedSum(torch.autograd.Function):
             empty = at_least_float32(group.hidden.new_zeros(group.targets.shape))
             log_probs.append(torch.cat([found for found, _ in results]) if results else empty)
             row_grads.append(torch.cat([grad for _, grad in results]) if results else torch.zeros_like(group.hidden))
-            total += (log_probs[-1] * group.weights).sum()
+            # A log-prob of -inf may have weight 0.
+            total += torch.where(group.weights != 0, log_probs[-1] * group.weights, 0.0).sum()
         ctx.save_for_backward(*row_grads, *(head_grads or map(torch.zeros_like, parameters)))
         ctx.mark_non_differentiable(*log_probs)
         return total, *log_probs

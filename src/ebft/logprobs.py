@@ -215,7 +215,8 @@ class Rows:
         document, blocks = B * (self.length - 1), B * K * N * G
         index, found = (torch.cat([x.flatten() for x in parts]) for parts in (self.values, groups))
         document, blocks = found.new_zeros(document + blocks).scatter(0, index, found).split([document, blocks])
-        return LogProbs(document.view(B, -1) * self.document_mask, blocks.view(self.shape))
+        document = document.view(B, -1).where(self.document_mask, 0.0)
+        return LogProbs(document, blocks.view(self.shape))
 
     def weighted_sum(
         self,

@@ -64,7 +64,7 @@ class _Merged(torch.autograd.Function):
         scores = shape.scores(query, own_key, scale, window)
         own_lse = shape.to_queries(scores.logsumexp(-1))
         whole = torch.logaddexp(lse, own_lse)
-        own_out = (scores - shape.by_rollout(whole)[..., None]).exp().to(query.dtype) @ shape.keys(own_value)
+        own_out = (scores - shape.by_rollout(whole)[..., None]).exp() @ shape.keys(own_value)
         out.mul_((lse - whole).exp()[..., None]).add_(shape.to_queries(own_out))
         ctx.save_for_backward(query, document_key, document_value, own_key, own_value, out, whole)
         ctx.options = plan, scale, window
@@ -87,18 +87,17 @@ class _Merged(torch.autograd.Function):
         scores = shape.scores(query, own_key, scale, window)
         probs = (scores - shape.by_rollout(lse)[..., None]).exp()
         out_grad, mean = shape.by_rollout(grad), shape.by_rollout((grad * out).sum(-1, dtype=lse.dtype))
-        own_value_grad = probs.to(grad.dtype).mT @ out_grad
         score_grad = probs * (out_grad @ shape.keys(own_value).mT - mean[..., None]) * scale
-        score_grad = score_grad.to(query.dtype)
         query_grad += shape.to_queries(score_grad @ shape.keys(own_key))
-        own_key_grad = score_grad.mT @ shape.by_rollout(query)
-        own = (shape.to_keys(own_key_grad), shape.to_keys(own_value_grad))
+        own_grads = score_grad.mT @ shape.by_rollout(query), probs.mT @ out_grad
+        own = (shape.to_keys(x).to(query.dtype) for x in own_grads)
         return query_grad, key_grad, value_grad, *own, None, None, None
 
 
 def _chunks(query: Tensor, plan: "BlockPlan", window: int | None, key_heads: int):
     """Slices of the queries and of the document's keys, and the bias that masks what a query may not see."""
     steps, repeats = len(plan.query_steps), query.shape[1] // key_heads
+    # In decoding, with one query per rollout, half as many: their prefixes reach further and further.
     for chunk in plan.cut(max(1, QUERIES_PER_CHUNK // max(2, steps))):
         mask = plan.prefix_mask(chunk, window)
         # Not -inf: a query may see nothing of the prefix (a sliding window, a block that is not there).
@@ -113,7 +112,7 @@ def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
 
 
 class _Own:
-    """Views of the rollouts' own tokens, one small attention per rollout: queries [B, H, R, Q/H * S, ...]."""
+    """The rollouts' own tokens, a small attention each, in float32 or better; queries are [B, H, R, Q/H * S, ...]."""
 
     def __init__(self, query: Tensor, own_key: Tensor, plan: "BlockPlan"):
         self.plan, self.key_heads = plan, own_key.shape[1]
@@ -123,7 +122,7 @@ class _Own:
     def by_rollout(self, x: Tensor) -> Tensor:
         """[B, Q, R*S, ...] -> [B, H, R, Q/H * S, ...]."""
         x = x.unflatten(1, (self.key_heads, self.repeats)).unflatten(3, (-1, self.steps))
-        return x.transpose(2, 3).flatten(3, 4)
+        return x.transpose(2, 3).flatten(3, 4).to(_at_least_float32(x))
 
     def to_queries(self, x: Tensor) -> Tensor:
         """Back again."""
@@ -131,6 +130,7 @@ class _Own:
 
     def keys(self, x: Tensor) -> Tensor:
         """[B, H, R*U, d] in the plan's order -> [B, H, R, U, d]."""
+        x = x.to(_at_least_float32(x))
         if self.plan.decoding:
             return x.unflatten(2, (self.own_steps, -1)).transpose(2, 3)
         return x.unflatten(2, (-1, self.own_steps))
@@ -141,8 +141,7 @@ class _Own:
 
     def scores(self, query: Tensor, own_key: Tensor, scale: float, window: int | None) -> Tensor:
         """Masked scores [B, H, R, Q/H * S, U]."""
-        scores = self.by_rollout(query) @ self.keys(own_key).mT
-        scores = scores.to(_at_least_float32(scores)) * scale
+        scores = self.by_rollout(query) @ self.keys(own_key).mT * scale
         return scores.masked_fill_(~self.plan.own_mask(window).repeat(self.repeats, 1), float("-inf"))
 
 

@@ -90,6 +90,8 @@ class Method:
         reference: Whether the initial policy scores the rollouts (beta > 0).
         feature_depth: Share of the feature network's layers up to its top tap.
         trained: Share of the layers' weights that are trained: frozen ones need no gradient of their own.
+        reuse: Without checkpointing, the forward that samples carries the gradient too (`rollout.sample_and_sum`).
+        linear: The loss is linear in the log-probs, so that the LM head is not computed again in the backward.
     """
 
     rollouts: int
@@ -97,10 +99,20 @@ class Method:
     reference: bool = False
     feature_depth: float = 0.75
     trained: float = 1.0
+    reuse: bool = False
+    linear: bool = True
 
     def passes(self, checkpointing: bool) -> float:
         """Cost of forward and backward in forwards: 3, and one more where activations are computed twice."""
         return 2 + self.trained + checkpointing
+
+    def update_passes(self, work: Work, checkpointing: bool) -> float:
+        """As `passes`, of the update alone: sampling may have done the forward."""
+        return self.passes(checkpointing) - bool(self.reuses(checkpointing) and work.blocks)
+
+    def reuses(self, checkpointing: bool) -> bool:
+        """Whether there is one forward instead of two: checkpointing has nothing to reuse."""
+        return self.reuse and not checkpointing
 
     def decoded(self, blocks: float) -> float:
         """Generated tokens that go through the policy: a rollout's last one predicts nothing."""
@@ -116,7 +128,7 @@ def token_forwards(work: Work, method: Method, checkpointing: bool = False) -> d
         stages = {"sampling": packed, "features": method.feature_depth * (work.tokens + generated)}
         if method.reference:
             stages["reference"] = packed
-    stages["update"] = method.passes(checkpointing) * packed
+    stages["update"] = method.update_passes(work, checkpointing) * packed
     total, sft = sum(stages.values()), method.passes(checkpointing) * work.tokens
     return stages | {"total": total, "sft": sft, "ratio": total / sft}
 
@@ -168,6 +180,7 @@ def operations(
         stages = {"sampling": scored, "features": feature.forward(work.tokens + work.blocks * N * G, pairs(G))}
         if method.reference:
             stages["reference"] = scored
-    # Every chunk of logits is computed again in the backward, checkpointing or not.
-    head = (3 + (method.trained == 1)) * policy.head(work.tokens + decoded)
-    return stages | {"update": method.passes(checkpointing) * layers + head}
+    # The logits, the gradient of their rows, that of the head; and the logits again where the loss is not linear.
+    products = 2 + (method.trained == 1) + (not method.linear)
+    head = products * policy.head(work.tokens + decoded)
+    return stages | {"update": method.update_passes(work, checkpointing) * layers + head}

@@ -1,4 +1,4 @@
-"""Sampling: every block of every rollout of a document at once, from one prefill and one shared cache.
+"""Sampling, with or without the gradient: all rollouts of a document at once, from one prefill and one shared cache.
 
 The document is run once; its keys and values serve all K*N rollouts. Then all rollouts advance together, a token at a
 time. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, V vocabulary.
@@ -170,7 +170,6 @@ def _decode(
     return rollouts, torch.cat([document, torch.stack(hidden, dim=2).flatten(1, 2)], dim=1) if hidden else document
 
 
-@torch.no_grad()
 def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support) -> list[Tensor]:
     """Draw S tokens from each row of hidden states: rows [M, H], uniforms [M, S] -> three [M, S].
 
@@ -181,7 +180,9 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support) -> list[
     parts = []
     size = rows_per_chunk(head, rows.device)
     for hidden, noise in zip(rows.split(size), uniforms.split(size), strict=True):
-        logits = restrict(at_least_float32(head(hidden)), temperature or 1.0, top_k, top_p)
+        # Not under no_grad: a cast of the head's weights that autocast keeps would have no graph for the update.
+        logits = head(hidden.detach()).detach()
+        logits = restrict(at_least_float32(logits), temperature or 1.0, top_k, top_p)
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         # -sum p log p; outside the support p is 0 and log p is not finite.

@@ -1,5 +1,6 @@
 """What `planning` has to know of datasets and models, read off them; models may be on the meta device."""
 
+import copy
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +11,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from .attention import KEYS_PER_CHUNK
+from .attention import KEYS_PER_CHUNK, KEYS_PER_CHUNK_ON_CPU
 from .config import EBFTConfig
 from .data import BlockCollator
 from .features import FeatureNetwork, layer_list
 from .footprint import Footprint, Weights
 from .forward import causal_lm
 from .layouts import batch_layout
-from .lm_head import logits_per_chunk
+from .lm_head import FEWEST_ROWS, logits_per_chunk
 from .planning import Documents, Method, Network, Work, limited
 
 DOCUMENTS_AT_A_TIME = 64
@@ -101,8 +102,17 @@ def trained_share(decoder: nn.Module) -> float:
     return sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
 
 
-def run_method(args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | None, reference: nn.Module | None):
+def run_method(
+    args: EBFTConfig,
+    policy: nn.Module,
+    network: FeatureNetwork | None,
+    reference: nn.Module | None,
+    device: torch.device,
+) -> Method:
     """What of a run's settings decides the cost of a document."""
+    linear = reference is None or args.kl_estimator == "k1"
+    plain = copy.copy(args)
+    plain.gradient_checkpointing = plain.activation_checkpointing = False  # type: ignore[attr-defined]
     layers = 1 if network is None else network.decoder.config.get_text_config().num_hidden_layers  # type: ignore
     return Method(
         rollouts=args.num_generations,
@@ -110,6 +120,8 @@ def run_method(args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | No
         reference=reference is not None,
         feature_depth=0 if network is None else max(network.layer_indices) / layers,
         trained=trained_share(causal_lm(policy).base_model),
+        reuse=plain.reuses_sampling_forward_on(device) and linear and not (args.fsdp or args.deepspeed),
+        linear=linear,
     )
 
 
@@ -135,18 +147,24 @@ def run_footprint(
         device: Where it would run; by default the one of `args`.
     """
     lm, device = causal_lm(policy), device or args.device
+    config: Any = lm.config.get_text_config()
+    window, capped = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
+    keys_per_chunk = KEYS_PER_CHUNK if device.type != "cpu" else KEYS_PER_CHUNK_ON_CPU if capped else None
     return Footprint(
         weights=weights_held(policy, network, reference, frozen),
-        method=run_method(args, policy, network, reference),
+        method=run_method(args, policy, network, reference, device),
         policy=network_shape(lm.base_model),
         feature=None if network is None else network_shape(network.decoder),
+        taps=1 if network is None else len(set(network.layer_indices)),
         bf16=bool(args.bf16),
         bf16_base=lm.dtype == torch.bfloat16,
-        checkpointing=bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)),
+        checkpointing=args.checkpoints_activations,
         accumulates=args.gradient_accumulation_steps > 1,
         processes=processes,
-        logits_per_chunk=logits_per_chunk(device),
-        keys_per_chunk=None if device.type == "cpu" else KEYS_PER_CHUNK,
+        rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
+        keys_per_chunk=keys_per_chunk,
+        masked=bool((args.packing and args.document_masking) or (window and window < args.max_length)),
+        capped_heads=config.num_attention_heads if capped else 0,
     )
 
 

@@ -228,9 +228,7 @@ class EBFTTrainer(RecordedTrainer):
         return ours and (self.reference_model is None or self.args.kl_estimator == "k1")
 
     def _reuses_sampling_forward(self) -> bool:
-        wanted = self.args.reuse_sampling_forward
-        if wanted is None:
-            wanted = self.args.device.type == "cpu" and not self.args.checkpoints_activations
+        wanted = self.args.reuses_sampling_forward_on(self.args.device)
         whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # they gather weights a call at a time
         return wanted and whole and self._is_linear() and type(self).sample is EBFTTrainer.sample
 

@@ -33,6 +33,7 @@ examples:
   --calibrate   times the engine on this machine, on a few layers with random weights (a minute or two), for the time
   --flops RATE  matrix rate of one device in FLOP/s, for the time: of matrix products alone
   --memory GIB  memory of the GPU to plan for; otherwise that of this machine's, or of a CPU what is available
+                (with --calibrate: of this machine's device, what may be used)
   ebft train --help-all lists all other options
 """
 
@@ -105,7 +106,10 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes, "anchors": anchors}
     settings |= {field: getattr(args, field) for field in SETTINGS}
     settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
-    run = _Run(arguments, rows, documents, anchors, policy, network, reference)
+    footprint = _footprint(arguments, policy, network, reference)
+    reuses = footprint.method.reuses(footprint.checkpointing)
+    settings["reuse_sampling_forward"] = reuses and bool(args.rl_coef)
+    run = _Run(arguments, rows, documents, anchors, policy, network, footprint)
     return {"settings": settings, "model": _model(policy, network, args)} | _costs(run)
 
 
@@ -118,7 +122,7 @@ class _Run(NamedTuple):
     anchors: str
     policy: nn.Module
     network: FeatureNetwork | None
-    reference: nn.Module | None
+    footprint: Footprint
 
 
 def _documents(arguments: Arguments, tokenizer) -> tuple[Any, Documents, str, bool]:
@@ -171,26 +175,15 @@ def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) 
 
 def _costs(run: _Run) -> dict[str, Any]:
     """The sections about cost."""
-    import torch
+    from ebft import planning
 
-    from ebft import planning, sizes
-
-    data, args, model, plan = run.arguments
-    documents, processes, accumulation = run.documents, data.num_processes, args.gradient_accumulation_steps
+    args, processes, footprint = run.arguments.training, run.arguments.data.num_processes, run.footprint
+    documents, accumulation = run.documents, args.gradient_accumulation_steps
     batch = args.per_device_train_batch_size
     per_epoch, in_all = planning.optimiser_steps(
         documents.rows, batch, processes, accumulation, args.num_train_epochs, args.max_steps
     )
     count, work = documents.step(batch * processes * accumulation)
-    footprint = sizes.run_footprint(
-        args,
-        run.policy,
-        run.network,
-        run.reference,
-        processes=processes,
-        frozen=0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None,
-        device=None if plan is None or plan.memory is None else torch.device("cuda"),  # whose chunks are larger
-    )
     method, checkpointing = footprint.method, footprint.checkpointing
     rollouts = work.blocks * args.num_generations
     limit, source = _device_memory(run.arguments)
@@ -210,8 +203,28 @@ def _costs(run: _Run) -> dict[str, Any]:
         },
         "memory": footprint.memory(documents.largest_row, batch),
         "fit": _fit(footprint, documents, args, limit) | {"memory taken from": source},
-        "time": _time(run, footprint, operations, in_all, limit),
+        "time": _time(run, operations, in_all, limit),
     }
+
+
+def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> Footprint:
+    """What the run holds in memory, and how it goes about an update."""
+    import torch
+
+    from ebft.sizes import run_footprint
+
+    data, args, model, plan = arguments
+    # Given memory is a GPU's, with its larger chunks, unless this machine is to be timed.
+    elsewhere = plan is not None and plan.memory is not None and not plan.calibrate
+    return run_footprint(
+        args,
+        policy,
+        network,
+        reference,
+        processes=data.num_processes,
+        frozen=0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None,
+        device=torch.device("cuda") if elsewhere else args.device,
+    )
 
 
 def _device_memory(arguments: Arguments) -> tuple[float, str]:
@@ -258,14 +271,12 @@ def _data(documents: Documents) -> dict[str, Any]:
     }
 
 
-def _time(
-    run: _Run, footprint: Footprint, operations: dict[str, float], updates: int | None, limit: float
-) -> dict[str, Any]:
+def _time(run: _Run, operations: dict[str, float], updates: int | None, limit: float) -> dict[str, Any]:
     """Seconds of an update by stage: measured, or matrix products alone at a given rate, or unknown."""
     plan, processes = run.arguments.plan, run.arguments.data.num_processes
     section: dict[str, Any] = {"operations per update": operations | {"total": sum(operations.values())}}
     if plan is not None and plan.calibrate:
-        section |= _calibrated(run, footprint, section["operations per update"], limit)
+        section |= _calibrated(run, section["operations per update"], limit)
     elif plan is None or plan.flops is None:
         return section | {"seconds per update": None, "note": "unknown: give --calibrate, or --flops"}
     else:
@@ -279,18 +290,19 @@ def _time(
     return section | {"seconds in all": None if updates is None else total * updates}
 
 
-def _calibrated(run: _Run, footprint: Footprint, operations: dict[str, float], limit: float) -> dict[str, Any]:
+def _calibrated(run: _Run, operations: dict[str, float], limit: float) -> dict[str, Any]:
     """Seconds by stage, from the engine's own stages timed on this machine."""
     import torch
 
     from ebft import calibration, measuring
 
     args, documents, processes = run.arguments.training, run.documents, run.arguments.data.num_processes
+    footprint = run.footprint
     rate = measuring.matrix_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32)
     one_layer = calibration.one_layer_operations(footprint, documents)
     most = calibration.most_rows(footprint, documents.largest_row, one_layer, limit, args.device)
     batch = calibration.typical_micro_batch(run.rows, documents, args, run.anchors, footprint.method, most)
-    measured = calibration.stage_seconds(args, run.policy, run.network, run.reference is not None, batch)
+    measured = calibration.stage_seconds(args, run.policy, run.network, footprint.method, batch)
     micro_batches = args.gradient_accumulation_steps
     if documents.rows is not None:
         micro_batches = min(micro_batches, documents.rows / (args.per_device_train_batch_size * processes))

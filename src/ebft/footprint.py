@@ -15,8 +15,7 @@ ADAMW = 2 * FLOAT32  # both moments, per trained parameter
 # Float32 copies of a chunk of logits beside the logits as they come: divided by the temperature, and their log-softmax
 # (`lm_head._all_log_probs`). A block's first row keeps one more, the gradient of the documents' own token.
 LOGITS_COPIES = 2
-# Copies of a chunk of logits while the head's gradient is formed: logits, their gradient, and what picking the only
-# row of a batch makes of it (`lm_head._chunk`, `forward.Head`).
+# Copies of a chunk of logits while the head's gradient is formed: logits and their gradient (`lm_head._chunk`).
 PRODUCT_COPIES = 2
 # Copies of a decoding step's logits: divided by the temperature, log-softmax, probabilities (`rollout._draw`).
 DRAW_COPIES = 3

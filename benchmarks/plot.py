@@ -30,7 +30,9 @@ def draw(path: Path, settings: list[dict[str, Any]], sweeps: dict[str, list[dict
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 1 + len(sweeps), figsize=(4.5 * (1 + len(sweeps)), 4), squeeze=False)
+    widths = [6.0, *(4.0 for _ in sweeps)]
+    options: dict[str, Any] = {"width_ratios": widths, "figsize": (sum(widths), 4), "squeeze": False}
+    figure, panels = pyplot.subplots(1, len(widths), **options)
     _bars(panels[0, 0], settings)
     for panel, (name, rows) in zip(panels[0, 1:], sweeps.items(), strict=True):
         _curves(panel, name, rows)
@@ -48,7 +50,8 @@ def _bars(panel, rows: list[dict[str, Any]]) -> None:
         colours = [COLOURS[arm] for _, arm in places]
         panel.bar(range(len(places)), values, bottom=heights, color=colours, alpha=shade, edgecolor="white")
         heights = [a + b for a, b in zip(heights, values, strict=True)]
-    panel.set_xticks(range(len(places)), [f"{group}\n{arm}" for group, arm in places], fontsize=7)
+    names = [f"{group}\n{arm}" for group, arm in places]
+    panel.set_xticks(range(len(places)), names, fontsize=7, rotation=45)
     panel.set_ylabel("seconds per update")
     panel.set_title("stages from below: sampling, features, rewards, update", fontsize=8)
 

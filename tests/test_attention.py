@@ -115,7 +115,8 @@ def test_precision_of_merged_attention(ours, dtype, size):
     for mine, expected in zip(*results, strict=True):
         assert mine.dtype == dtype
         error = (mine.double() - expected).abs().max() / expected.abs().max()
-        assert error < 4 * size * torch.finfo(dtype).eps
+        # Scores are sums in float32, whose rounding grows with them.
+        assert error < 4 * max(size * torch.finfo(dtype).eps, size**2 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("wrong", ["anchors", "prefix_starts", "doc_ids"])

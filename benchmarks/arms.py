@@ -6,6 +6,7 @@ Shape letters: B documents, K blocks, N rollouts, G generated tokens, P document
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -166,8 +167,8 @@ class SFT(Arm):
         return self.step(loss)
 
 
-class Scheme(Arm):
-    """An update of Energy-Based Fine-Tuning; subclasses differ in `sample`, `embed` and how they get at the loss."""
+class Scheme(Arm, ABC):
+    """An update of Energy-Based Fine-Tuning; subclasses differ in `sample`, `embed` and `loss`."""
 
     stages = ("sampling", "features", "rewards", "update")
 
@@ -181,17 +182,17 @@ class Scheme(Arm):
         self.embedded: list[tuple[Tensor, Tensor]] = []  # [B, K, N, D], [B, K, D]
         self.advantages: list[Tensor] = []  # [B, K, N]
 
+    @abstractmethod
     def sample(self, input_ids: Tensor, uniforms: Tensor) -> Tensor:
         """Tokens [B, K, N, G]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, input_ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, K, N, D] and [B, K, D]."""
-        raise NotImplementedError
 
-    def log_probs(self, input_ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the documents [B, P-1] and of the rollouts [B, K, N, G]."""
-        raise NotImplementedError
+    @abstractmethod
+    def loss(self, i: int) -> Tensor:
+        """The mixed objective of micro-batch `i`, with gradient."""
 
     def sampling(self) -> None:
         """Rollouts of all documents."""
@@ -209,11 +210,6 @@ class Scheme(Arm):
     def update(self) -> Tensor:
         """Forward, mixed objective, backward, step."""
         return self.step(self.loss)
-
-    def loss(self, i: int) -> Tensor:
-        """The mixed objective of a micro-batch."""
-        document, rollouts = self.log_probs(self.documents[i], self.tokens[i])
-        return self.objective(document, rollouts, self.advantages[i])
 
     def objective(self, document: Tensor, rollouts: Tensor, advantages: Tensor) -> Tensor:
         """The mixed objective of log-probs [B, P-1] and [B, K, N, G] and advantages [B, K, N]."""
@@ -247,11 +243,11 @@ class Published(Scheme):
         w = self.workload
         return published.features(self.bench.feature_model, input_ids, tokens, self.layout, FEATURE_LAYERS, w.pooling)
 
-    def log_probs(self, input_ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, i: int) -> Tensor:
         """See `published.log_probs`; the clones of a document are averaged."""
-        w = self.workload
-        document, rollouts = published.log_probs(self.bench.policy, input_ids, tokens, self.layout, w.temperature)
-        return document.unflatten(0, (-1, w.num_generations)).mean(1), rollouts
+        w, ids, tokens = self.workload, self.documents[i], self.tokens[i]
+        document, rollouts = published.log_probs(self.bench.policy, ids, tokens, self.layout, w.temperature)
+        return self.objective(document.unflatten(0, (-1, w.num_generations)).mean(1), rollouts, self.advantages[i])
 
 
 class Ours(Scheme):

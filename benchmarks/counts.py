@@ -15,11 +15,12 @@ from ebft.sizes import network_shape, trained_share
 LOGITS_COPIES = 4  # of full float32 logits: themselves, their log-softmax, and the gradients of both
 
 
-def method_of(workload: Workload, bench: Bench) -> Method:
+def method_of(arm: str, workload: Workload, bench: Bench) -> Method:
     """What of the settings decides the counted cost of a document."""
     share = trained_share(bench.lm.base_model)
     depth = max(bench.network.layer_indices) / bench.lm.config.num_hidden_layers
-    return Method(workload.num_generations, workload.completion_length, feature_depth=depth, trained=share)
+    sizes = workload.num_generations, workload.completion_length
+    return Method(*sizes, feature_depth=depth, trained=share, reuse=arm == "ours_reused")
 
 
 def forwards(arm: str, workload: Workload, bench: Bench, checkpointing: bool | None = None) -> dict[str, float]:
@@ -31,16 +32,15 @@ def forwards(arm: str, workload: Workload, bench: Bench, checkpointing: bool | N
         bench: The networks.
         checkpointing: Whether activations are computed twice; by default as in the run.
     """
-    work, method = workload.work(), method_of(workload, bench)
+    work, method = workload.work(), method_of(arm, workload, bench)
     checkpointing = bench.options.checkpointing if checkpointing is None else checkpointing
     if arm == "published":
         return published.token_forwards(work, method, checkpointing)
     counted = token_forwards(work, method, checkpointing)
     if arm == "sft":
         return {"update": counted["sft"], "total": counted["sft"]}
-    if arm == "ours_reused":
-        once = counted["total"] - counted["sampling"]  # one forward less
-        return {"update": once, "total": once}
+    if arm == "ours_reused":  # one stage
+        return {"update": counted["total"], "total": counted["total"]}
     return {stage: counted[stage] for stage in ("sampling", "features", "update", "total")}
 
 
@@ -51,16 +51,14 @@ def needed_operations(arm: str, workload: Workload, bench: Bench) -> dict[str, f
     are ours: it computes the same.
     """
     policy, feature = network_shape(bench.lm.base_model), network_shape(bench.network.decoder)
-    work, method = workload.work(), method_of(workload, bench)
+    work, method = workload.work(), method_of(arm, workload, bench)
     if arm == "sft":
         passes = method.passes(False)
         stages = {"update": passes * (policy.forward(work.tokens, work.pairs) + policy.head(work.tokens))}
     else:
         stages = operations(work, method, policy, feature, False)
-    if arm == "ours_reused":
-        head = policy.head(work.blocks + method.decoded(work.blocks))  # sampling's own is still needed
-        stages = {"update": sum(stages.values()) - stages["sampling"] + head}
-    return stages | {"total": sum(stages.values())}
+    total = sum(stages.values())
+    return ({"update": total} if arm == "ours_reused" else stages) | {"total": total}
 
 
 def needed_linear_operations(arm: str, workload: Workload, bench: Bench) -> float:

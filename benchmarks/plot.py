@@ -1,6 +1,7 @@
 """Plots of a run: seconds by stage and arm, and cost against the sizes that were swept, the counted work beside it."""
 
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,7 @@ LABELS = {"max_length": "document tokens P", "num_generations": "rollouts n", "c
 
 def can_plot() -> bool:
     """Whether matplotlib is there; it is optional."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return find_spec("matplotlib") is not None
 
 
 def draw(path: Path, settings: list[dict[str, Any]], sweeps: dict[str, list[dict[str, Any]]]) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import out_of_memory
-from ebft import fitting
-from ebft.fitting import GIB, is_out_of_memory
+from ebft import memory_guard
+from ebft.memory_guard import GIB, is_out_of_memory
 from training import documents, small_model, train, trainer
 
 
@@ -64,13 +64,13 @@ def test_only_memory_is_explained(tmp_path):
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_placed(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "device_memory", lambda device, available=False: 1000)
+    monkeypatch.setattr(memory_guard, "device_memory", lambda device, available=False: 1000)
     with pytest.raises(ValueError, match=r"the model does not fit: .* train an adapter \(use_peft: true\)"):
         trainer(small_model(), documents([20]), tmp_path, settings=dict(optim="adamw_torch"))
 
 
 def test_a_micro_batch_that_may_not_fit_is_warned_of_once_and_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "device_memory", lambda device, available=False: int(0.01 * GIB))
+    monkeypatch.setattr(memory_guard, "device_memory", lambda device, available=False: int(0.01 * GIB))
     model, rows = small_model(dtype=torch.float32, hidden_size=64), documents([20, 150])
     with pytest.warns(
         UserWarning, match="per_device_train_batch_size=64 may need .*; if memory runs out, set"

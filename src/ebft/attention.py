@@ -166,7 +166,7 @@ class BlockCache(DynamicCache):
     def __init__(self):
         super().__init__()
         self.documents: list[tuple[Tensor, Tensor]] = []  # per layer, keys and values [B, H, P, d]
-        self.own: list[tuple[Tensor, Tensor] | None] = []
+        self.own: list[tuple[Tensor, ...] | None] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Take in a layer's new keys and values; the documents' come first."""
@@ -177,7 +177,7 @@ class BlockCache(DynamicCache):
             return new
         before = self.own[layer_idx]
         own = new if before is None else tuple(torch.cat(pair, dim=2) for pair in zip(before, new, strict=True))
-        self.own[layer_idx] = own  # type: ignore[assignment]
+        self.own[layer_idx] = own
         return own
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

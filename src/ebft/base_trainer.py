@@ -21,7 +21,7 @@ from .artifacts import (
 from .callbacks import FeatureNetworkRecord, StepEnd, StepLine, recorded_feature_network
 from .config import EBFTConfig
 from .features import FeatureNetwork
-from .fitting import MemoryGuard
+from .memory_guard import MemoryGuard
 from .metrics import means
 from .recorder import StepRecorder
 

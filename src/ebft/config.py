@@ -283,6 +283,12 @@ class EBFTConfig(TrainingArguments):
         """The sampling distribution, as keyword arguments of `sample_rollouts` and `block_log_probs`."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
+    @property
+    def rewarding(self) -> dict[str, Any]:
+        """The reward, as keyword arguments of `rewards_from_gram`."""
+        names = ("alignment_coef", "diversity_coef", "whitening", "alignment")
+        return {name: getattr(self, name) for name in names}
+
 
 def _number(text: Any) -> int | float:
     """`"7"` and 7 to an index, `"0.5"` and 0.5 to a fraction."""

@@ -121,13 +121,7 @@ class Cut:
         assert self.network is not None
         args, ids = self.args, self.batch["input_ids"]
         gram = gram_matrices(*self.network(ids, rollouts.tokens, self.layout))
-        rewards = rewards_from_gram(
-            gram,
-            alignment_coef=args.alignment_coef,
-            diversity_coef=args.diversity_coef,
-            whitening=args.whitening,
-            alignment=args.alignment,
-        )
+        rewards = rewards_from_gram(gram, **args.rewarding)
         StepRecorder().add(experience_sums(Experience(rollouts, gram, rewards), self.layout))
         laps.end("features")
         if self.method.reference:

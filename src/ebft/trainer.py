@@ -264,13 +264,7 @@ class EBFTTrainer(RecordedTrainer):
         assert self.feature_network is not None, "loaded whenever rollouts are sampled"
         generated, reference = self.feature_network(inputs["input_ids"], rollouts.tokens, inputs["layout"])
         gram = gram_matrices(generated, reference)
-        rewards = rewards_from_gram(
-            gram,
-            alignment_coef=args.alignment_coef,
-            diversity_coef=args.diversity_coef,
-            whitening=args.whitening,
-            alignment=args.alignment,
-        )
+        rewards = rewards_from_gram(gram, **args.rewarding)
         return gram, rewards
 
     def compute_advantages(self, experience: Experience) -> Tensor:

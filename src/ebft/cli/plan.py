@@ -229,7 +229,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
 
 def _device_memory(arguments: Arguments) -> tuple[float, str]:
     """Bytes of one device, and where they are known from."""
-    from ebft.fitting import device_memory
+    from ebft.memory_guard import device_memory
 
     if arguments.plan is not None and arguments.plan.memory is not None:
         return arguments.plan.memory * GIB, "--memory"

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from benchmarks.arms import ARMS, Bench
 from benchmarks.counts import forwards
 from benchmarks.shapes import Workload
-from ebft.memory_guard import is_out_of_memory
 from ebft.measuring import matrix_rate, peak_memory, seconds
+from ebft.memory_guard import is_out_of_memory
 
 RATES_PER_ROUND = 3
 
@@ -104,7 +104,7 @@ def warm_up(cases: list[Case], bench: Bench, bar: Bar, *, peaks: bool) -> list[C
                 raise
             bar.note(f"{case.group}: {case.arm} runs out of memory and is left out; lower micro_batch.")
             continue
-        memory_guard.append(case)
+        fitting.append(case)
     return fitting
 
 

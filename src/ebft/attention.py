@@ -10,6 +10,7 @@ Shape letters: B rows, R = K*N rollouts, S steps (tokens of a rollout), P docume
 heads, Q query heads, C queries of a chunk.
 """
 
+import copy
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,16 @@ class BlockPlan:
         self._masks: dict = {}
         self._cuts: dict[int, list[Chunk]] = {}
 
+    def next_step(self) -> "BlockPlan":
+        """The plan of decoding one token later; masks that are the same then are shared."""
+        following = copy.copy(self)
+        following.query_steps = range(self.query_steps.start + 1, self.query_steps.stop + 1)
+        # Without a window a rollout sees the same of its prefix at every step.
+        following._masks = {
+            key: mask for key, mask in self._masks.items() if key[0] in ("prefix", "bias") and key[-1] is None
+        }
+        return following
+
     @property
     def chunks(self) -> list[Chunk]:
         """Pieces whose rollouts see each other's keys before masking."""
@@ -130,6 +141,22 @@ class BlockPlan:
             mask = (position >= starts) & (position < anchors) & near
             self._masks[key] = mask.flatten(1, 2)[:, None].to(self.device)
         return self._masks[key]
+
+    def prefix_bias(self, chunk: Chunk, repeats: int, dtype: torch.dtype, window: int | None) -> Tensor:
+        """`prefix_mask` as numbers to add to scores, its rows `repeats` times: [B or 1, 1, repeats * C, end - begin].
+
+        Not -inf: a query may see nothing of the prefix (a sliding window, a block that is not there). Kept in
+        decoding alone, where every layer and step needs it and a rollout has one query.
+        """
+        key = ("bias", chunk, repeats, dtype, window)
+        if key in self._masks:
+            return self._masks[key]
+        mask = self.prefix_mask(chunk, window)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        bias = bias.masked_fill_(~mask, torch.finfo(dtype).min / 2).repeat(1, 1, repeats, 1)
+        if self.decoding:
+            self._masks[key] = bias
+        return bias
 
     def own_mask(self, window: int | None) -> Tensor:
         """BoolTensor [steps, own steps]: which of its rollout's own keys a query sees."""

@@ -99,11 +99,8 @@ def _chunks(query: Tensor, plan: "BlockPlan", window: int | None, key_heads: int
     steps, repeats = len(plan.query_steps), query.shape[1] // key_heads
     # In decoding, with one query per rollout, half as many: their prefixes reach further and further.
     for chunk in plan.cut(max(1, QUERIES_PER_CHUNK // max(2, steps))):
-        mask = plan.prefix_mask(chunk, window)
-        # Not -inf: a query may see nothing of the prefix (a sliding window, a block that is not there).
-        bias = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(query.dtype).min / 2)
         part, keys = slice(chunk.first * steps, chunk.last * steps), slice(chunk.begin, chunk.end)
-        yield part, keys, bias.repeat(1, 1, repeats, 1)
+        yield part, keys, plan.prefix_bias(chunk, repeats, query.dtype, window)
 
 
 def _by_key_head(x: Tensor, key: Tensor) -> Tensor:

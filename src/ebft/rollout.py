@@ -16,7 +16,7 @@ from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, 
 from .lm_head import Support, restrict, rows_per_chunk
 from .logprobs import LogProbs, Rows
 
-LOWEST = -1e4  # log-prob in place of -inf, where the probability is 0 anyway
+LOWEST = -1e4  # logit in place of -inf, where the probability is 0 anyway
 
 
 class Rollouts(NamedTuple):
@@ -158,8 +158,9 @@ def _decode(
     before = gathered_rows(document, anchors - 1).flatten(0, 1)  # a row for all rollouts of a block
     drawn = [_draw(before, parts.head, uniforms[..., 0].flatten(0, 1), support)]
     hidden = []
+    plan = BlockPlan(layout, B, N, range(-1, 0), decoding=True, device=device)
     for step in range(1, G if K else 1):
-        plan = BlockPlan(layout, B, N, range(step - 1, step), decoding=True, device=device)
+        plan = plan.next_step()
         at = (positions[:, P::G] + step - 1).repeat_interleave(N, dim=1)
         hidden.append(parts.hidden(drawn[-1][0].view(B, K * N), plan, at, cache))
         drawn.append(_draw(hidden[-1].flatten(0, 1), parts.head, uniforms[..., step].flatten()[:, None], support))
@@ -181,13 +182,16 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support) -> list[
     size = rows_per_chunk(head, rows.device)
     for hidden, noise in zip(rows.split(size), uniforms.split(size), strict=True):
         # Not under no_grad: a cast of the head's weights that autocast keeps would have no graph for the update.
-        logits = head(hidden.detach()).detach()
-        logits = restrict(at_least_float32(logits), temperature or 1.0, top_k, top_p)
-        log_probs = logits.log_softmax(-1)
-        probs = log_probs.exp()
-        # -sum p log p; outside the support p is 0 and log p is not finite.
-        finite = log_probs.clamp(min=LOWEST) if top_k or top_p < 1 else log_probs
-        entropy = -torch.linalg.vecdot(probs, finite)[:, None].expand_as(noise)
+        logits = at_least_float32(head(hidden.detach()).detach())
+        if temperature not in (0, 1):
+            logits = logits.div_(temperature)
+        logits = restrict(logits, 1.0, top_k, top_p)
+        probs = logits.softmax(-1)
+        # log sum exp, from the likeliest token: one pass over the vocabulary less than log_softmax and exp.
+        normalizer = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+        # -sum p log p; outside the support p is 0 and its logit is not finite.
+        finite = logits.clamp(min=LOWEST) if top_k or top_p < 1 else logits
+        entropy = (normalizer - torch.linalg.vecdot(probs, finite)[:, None]).clamp(min=0).expand_as(noise)
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True).expand_as(noise)
         else:
@@ -197,7 +201,7 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support) -> list[
             below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
             tokens = torch.searchsorted(cumulative, below, right=True)
             tokens = tokens.clamp(max=logits.shape[-1] - 1)
-        parts.append((tokens, log_probs.gather(-1, tokens), entropy))
+        parts.append((tokens, logits.gather(-1, tokens) - normalizer, entropy))
     if not parts:
         return [uniforms.long(), uniforms.float(), uniforms.float()]
     return [torch.cat(x) for x in zip(*parts, strict=True)]

@@ -64,7 +64,10 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="SIZE[=A,B,...]",
-        help=f"cost against sizes, of one micro-batch in the first setting: {', '.join(SWEEPS)}",
+        help=f"cost against sizes, in the first setting: {', '.join(SWEEPS)}",
+    )
+    p.add_argument(
+        "--sweep_documents", type=int, help="of an update in the sweeps, all at a time; micro_batch by default"
     )
     p.add_argument("--sweep_arms", nargs="+", default=["ours"], choices=ARMS, help="arms of the sweeps")
     p.add_argument("--seed", type=int, default=0, help="of weights, documents and noise")
@@ -120,13 +123,14 @@ def read_workloads(args: argparse.Namespace) -> dict[str, Workload]:
     return {name: Workload(**(SETTINGS[name] | sizes)) for name in args.setting}
 
 
-def read_sweeps(texts: list[str], base: Workload) -> dict[str, list[Workload]]:
-    """`max_length` or `max_length=256,512` to the workloads of each sweep.
+def read_sweeps(texts: list[str], base: Workload, documents: int | None = None) -> dict[str, list[Workload]]:
+    """`max_length` or `max_length=256,512` to the workloads of each sweep; of one micro-batch, or so many documents.
 
     Raises:
         ValueError: An unknown size, or a value that is none.
     """
-    base, sweeps = replace(base, batch=base.micro_batch), {}
+    documents = documents or base.micro_batch
+    base, sweeps = replace(base, batch=documents, micro_batch=documents), {}
     for text in texts:
         name, _, values = text.partition("=")
         if name not in SIZES:
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         options, workloads = read_options(args), read_workloads(args)
-        sweeps = read_sweeps(args.sweep, next(iter(workloads.values())))
+        sweeps = read_sweeps(args.sweep, next(iter(workloads.values())), args.sweep_documents)
         longest = max(w.max_length for points in (workloads.values(), *sweeps.values()) for w in points)
         bench = Bench(options, longest)
         stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

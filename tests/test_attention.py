@@ -91,6 +91,19 @@ def test_cut_attention_is_dense_attention(ours, merged, layout, n, size, options
 
 
 @pytest.mark.parametrize("ours", [packed, decoded])
+def test_blocks_at_the_same_place_of_documents_that_begin_elsewhere(ours):
+    """Anchors that are equal in all rows do not make one mask of them: here the prefixes begin at 0 and at 6."""
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[:, 8] = True
+    doc_ids = torch.tensor([[0] * 12, [0] * 6 + [1] * 6])
+    sizes = dict(stride=4, context_length=2, completion_length=3)
+    layout = BlockLayout.from_documents(doc_ids, starts=starts, **sizes)
+    assert layout.anchors.tolist() == [[8], [8]]
+    tensors, _ = states(layout, 2, 3)
+    torch.testing.assert_close(ours(tensors, layout, 3), dense(tensors, layout, 3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("ours", [packed, decoded])
 def test_regular_layout(ours):
     layout = BlockLayout(length=13, stride=2, context_length=3, completion_length=4)
     tensors, _ = states(layout, 2, 3)

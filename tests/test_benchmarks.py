@@ -251,6 +251,8 @@ def test_settings_are_the_papers_and_can_be_overridden():
     sweeps = read_sweeps(["completion_length", "stride=5"], w)
     assert [x.completion_length for x in sweeps["completion_length"]] == [2, 4, 8, 16]
     assert [(x.stride, x.batch) for x in sweeps["stride"]] == [(5, 1)]
+    (wider,) = read_sweeps(["stride=5"], w, documents=2)["stride"]
+    assert (wider.batch, wider.micro_batch) == (2, 2)
 
 
 def test_engine_and_benchmark_need_neither_trl_nor_datasets():

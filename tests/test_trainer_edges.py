@@ -47,6 +47,38 @@ def test_bf16_reaches_the_inner_layers(tmp_path, reuse):
         assert all(value.dtype == torch.float32 for value in run.weights[-1].values())
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_rollouts_are_judged_without_autocast(tmp_path, reuse):
+    """The feature network has a dtype of its own: the policy's autocast must not reach it."""
+
+    class Recording(EBFTTrainer):
+        seen = ()
+
+        def compute_rewards(self, inputs, rollouts):
+            self.seen = (*self.seen, torch.is_autocast_enabled("cpu"))
+            return super().compute_rewards(inputs, rollouts)
+
+    settings = dict(bf16=True, reuse_sampling_forward=reuse)
+    run = train(float32_model(), ROWS, tmp_path, trainer_class=Recording, settings=settings)
+    assert run.trainer.seen == (False,)
+
+
+def test_without_cross_entropy_no_document_is_scored(tmp_path):
+    """With ce_coef 0 the LM head runs over the rollouts alone."""
+    rows = []
+    for ce_coef in (0.3, 0.0):
+        model, count = small_model(), [0]
+
+        def hook(module, args, output, count=count):
+            count[0] += args[0].shape[:-1].numel()
+
+        model.lm_head.register_forward_hook(hook)
+        train(model, ROWS, tmp_path / str(ce_coef), settings=dict(ce_coef=ce_coef, reuse_sampling_forward=True))
+        rows.append(count[0])
+    tokens = sum(len(row["input_ids"]) - 1 for row in ROWS)
+    assert rows[1] <= rows[0] - tokens // 2
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_policy_has_no_divergence_from_itself(tmp_path, bf16):
     settings = dict(bf16=bf16, beta=0.1, kl_estimator="k3")

@@ -14,12 +14,20 @@ import ebft
 # Verb -> what it does. Its module is `ebft.cli.<verb>` and has HELP (shown without importing torch) and run(argv).
 VERBS = {
     "train": "fine-tune a model on your documents",
+    "evaluate": "measure models side by side on held-out documents and tasks",
     "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }
 
 # Package -> the extra of ours that installs it.
-EXTRAS = {"bitsandbytes": "quantization", "matplotlib": "plot", "tensorboard": "tensorboard", "wandb": "wandb"}
+EXTRAS = {
+    "bitsandbytes": "quantization",
+    "lm-eval": "lm-eval",
+    "matplotlib": "plot",
+    "sacrebleu": "translation",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 
 PATIENCE = 10  # seconds
 INTERRUPTED = 130  # exit status after Ctrl-C, as in shells: 128 + SIGINT

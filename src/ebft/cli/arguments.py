@@ -139,8 +139,9 @@ class Arguments(NamedTuple):
 class ArgumentParser(TrlParser):
     """TrlParser that raises ValueError for a bad flag where argparse would print two hundred lines of usage."""
 
-    def __init__(self, verb: str = "train") -> None:
-        groups: list[Any] = [DataArguments, EBFTConfig, ModelArguments, *([PlanArguments] if verb == "plan" else [])]
+    def __init__(self, verb: str = "train", groups: list[Any] | None = None) -> None:
+        if groups is None:
+            groups = [DataArguments, EBFTConfig, ModelArguments, *([PlanArguments] if verb == "plan" else [])]
         super().__init__(groups, prog=f"ebft {verb}", allow_abbrev=False)
         self.add_argument("--config", help="YAML file with any of these options; flags override it")
 

@@ -22,7 +22,8 @@ from .measuring import continuations, measure, summarise
 from .training import EBFT, SFT, new_model, train
 
 MODELS = ("base", "sft", "ebft")
-ARTIFACTS = (*MODELS, "results.json", "results.csv", "curves.png")
+HELD_OUT = "held_out.jsonl"
+ARTIFACTS = (*MODELS, HELD_OUT, "results.json", "results.csv", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def run(folder: Path, sizes: Sizes, seed: int, learning_rate: float) -> None:
         f"Python's standard library: {len(files)} files for training ({len(documents)} documents of at most {length} "
         f"tokens), {len(held_out_files)} held out ({len(held_out)} documents, one of each file that is long enough)."
     )
+    held_out.to_json(folder / HELD_OUT)
     needed = sizes.base_documents + sizes.documents
     if needed > len(documents):
         raise ValueError(
@@ -125,6 +127,8 @@ def show(
         f"Training took: {times} ({sizes.base_documents} documents for base, {sizes.documents} more for each of the "
         f"others). Plot, numbers and models: {folder}/curves.png, results.json, results.csv, {', '.join(MODELS)}.\n"
         f"Go on from there: ebft train --model_name_or_path {folder}/base --dataset_name my.jsonl --max_length 512\n"
+        f"Measure more: ebft evaluate --model_name_or_path {folder}/sft {folder}/ebft --dataset_name "
+        f"{folder}/{HELD_OUT}\n"
     )
     console.print(
         "One seed of one small model: the intervals say how much a number depends on which documents were held out "

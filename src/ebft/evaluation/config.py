@@ -1,0 +1,115 @@
+"""The settings of an evaluation; the help text of each is its documentation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .documents import MEASURES, DocumentSettings
+from .generation import GenerationSettings
+from .pass_at_k import check_k
+from .translation import TEMPLATE
+
+
+def _setting(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EvaluationConfig:
+    """What `ebft evaluate` measures of which models; field descriptions are in the metadata of each."""
+
+    model_name_or_path: list[str] = _setting(
+        [], "Models to evaluate: Hub names, or folders. The first is compared to."
+    )
+    output_dir: str = _setting("", "Where results go. Default: runs/evaluation-MODELS.")
+    dataset_name: str | None = _setting(None, "Held-out documents: a name on the Hub, a local file or a folder.")
+    dataset_config: str | None = _setting(None, "Configuration of a dataset on the Hub.")
+    dataset_test_split: str = _setting("test", "Split to evaluate on; a single file is taken whole.")
+    max_documents: int | None = _setting(None, "Take only the first so many documents.")
+    max_length: int | None = _setting(
+        None, "Longest document, in tokens. Default: 1024, or as long as the models allow."
+    )
+    metrics: list[str] = _setting(list(MEASURES), f"Measures of the documents: {', '.join(MEASURES)}.")
+    lengths: list[int] = _setting(
+        [], "Completion lengths of the rollouts. Default: 1, 2, 4, ... 64, as far as they fit."
+    )
+    num_generations: int = _setting(8, "Rollouts per context.")
+    contexts_per_document: int = _setting(4, "At most so many places of a document are continued.")
+    context_length: int = _setting(8, "Shortest prefix of a rollout, in tokens.")
+    temperature: float = _setting(1.0, "Of the rollouts. At 1 they are the model's own distribution.")
+    batch_size: int = _setting(8, "Documents per forward.")
+    seed: int = _setting(0, "Of all sampling; equal noise for every model.")
+    dtype: str = _setting("auto", "Of the weights: auto (bfloat16 on a GPU that has it), float32 or bfloat16.")
+    device: str | None = _setting(None, "Where. Default: a GPU if there is one.")
+    feature_model_name_or_path: str | None = _setting(
+        None, "The one feature network of all. Default: the first model."
+    )
+    feature_layers: list[float] = _setting([0.25, 0.5, 0.75], "Which of its hidden states, as fractions of its depth.")
+    feature_norm: str = _setting("joint", "joint, per_layer or none.")
+    code_benchmark: list[str] = _setting([], "HumanEval, MBPP, MultiPL-E or own problems: files or Hub names.")
+    code_benchmark_config: str | None = _setting(None, "Hub configuration of the code benchmarks.")
+    pass_at_k: list[int] = _setting([1], "k of pass@k; above 1, also of so many sampled completions.")
+    num_samples: int = _setting(1, "Sampled completions per problem; 1 leaves sampling out (greedy only).")
+    code_temperature: float = _setting(0.6, "Of the sampled completions.")
+    max_new_tokens: int = _setting(512, "Longest completion of a problem or segment, in tokens.")
+    generation_batch_size: int = _setting(64, "Completions at a time.")
+    time_limit: float = _setting(10.0, "Seconds a program may run.")
+    allow_weak_sandbox: bool = _setting(False, "Run generated code even where only resource limits protect.")
+    translation: str | None = _setting(None, "Segments to translate: a file or a Hub name.")
+    translation_direction: str | None = _setting(None, "Such as de-en, where the data has both ways.")
+    translation_template: str = _setting(TEMPLATE, "Prompt of a segment.")
+    best_of: int = _setting(1, "Also the best of so many sampled translations (by sentence BLEU).")
+    tasks: list[str] = _setting([], "Tasks of lm-evaluation-harness.")
+    tasks_limit: int | None = _setting(None, "Only so many examples of each task.")
+    plots: bool = _setting(True, "Draw plots as PNG and SVG.")
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise ValueError("model_name_or_path: missing; give one model or several.")
+        names = self.names
+        if len(set(names)) < len(names):
+            raise ValueError(f"model_name_or_path={self.model_name_or_path}: two are called alike; rename a folder.")
+        if not (self.dataset_name or self.code_benchmark or self.translation or self.tasks):
+            raise ValueError(
+                "dataset_name, code_benchmark, translation, tasks: all are missing; say what to measure on."
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: use auto, float32 or bfloat16.")
+        for name in ("max_documents", "tasks_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.best_of < 1:
+            raise ValueError(f"best_of={self.best_of} must be at least 1.")
+        if self.code_benchmark:
+            check_k(self.pass_at_k, self.num_samples)
+        self.document_settings((1,))  # refuses what is out of range
+        self.output_dir = self.output_dir or str(Path("runs") / f"evaluation-{'-'.join(names)}")
+
+    @property
+    def names(self) -> list[str]:
+        """What the models are called in tables and files."""
+        return short_names(self.model_name_or_path)
+
+    def document_settings(self, lengths: Sequence[int]) -> DocumentSettings:
+        """The part that concerns documents."""
+        options = {f.name: getattr(self, f.name) for f in fields(DocumentSettings) if hasattr(self, f.name)}
+        return DocumentSettings(**options | {"measures": tuple(self.metrics), "lengths": tuple(lengths)})
+
+    def generation(self, samples: int) -> GenerationSettings:
+        """Of tasks: greedy, or so many sampled completions."""
+        temperature = self.code_temperature if samples > 1 else 0.0
+        size = self.generation_batch_size
+        return GenerationSettings(samples, self.max_new_tokens, temperature, batch_size=size, seed=self.seed)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path or Hub name, with the folder before it where two are alike."""
+    paths = [Path(name) for name in names]
+    short = [path.name or str(path) for path in paths]
+    return [
+        name if short.count(name) == 1 else "/".join(path.parts[-2:]) for name, path in zip(short, paths, strict=True)
+    ]

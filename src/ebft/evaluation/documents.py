@@ -1,0 +1,263 @@
+"""What held-out documents say about a model: every measure that needs no tests, from one batch of rollouts.
+
+Each measure gives a sum and a count per document, so that means, paired differences and intervals are one matter for
+all of them (`intervals`). Rollouts depend on the document and the seed alone: equal noise for every model.
+Shape letters: B documents (rows), K contexts of a document, N rollouts, G tokens of the longest rollout, L lengths,
+P document tokens, D features.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import noise
+from ..blocks import BlockLayout
+from ..features import FeatureNetwork
+from ..forward import evaluation_mode
+from ..metrics import cross_entropy_sums
+from ..rewards import feature_matching_loss
+from ..rollout import Rollouts, sample_rollouts
+from .batches import batches_of
+from .diversity import distinct, duplicate_rate, self_bleu, until_eos
+from .feature_curve import contexts
+from .token_statistics import token_statistics
+
+MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
+NGRAMS = (1, 2, 3, 4)
+
+Sums = dict[str, tuple[Tensor, Tensor]]  # measure -> sums [B, ...] and counts [B], float64
+Record = dict[str, Any]  # of one document or group: measure -> [sums, count]; `id` is its first document's
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """What is measured and how.
+
+    Attributes:
+        measures: Of `MEASURES`.
+        lengths: Completion lengths of the feature-matching loss, in tokens, ascending.
+        num_generations: N, rollouts per context.
+        contexts_per_document: At most so many, spread evenly; see `feature_curve.contexts`.
+        context_length: Shortest prefix of a context, in tokens.
+        temperature: Of the rollouts, and of their entropy.
+        seed: Of the rollouts.
+        batch_size: Documents per forward.
+
+    Raises:
+        ValueError: A name is unknown or a number out of range.
+    """
+
+    measures: tuple[str, ...] = MEASURES
+    lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    num_generations: int = 8
+    contexts_per_document: int = 4
+    context_length: int = 8
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if unknown or not self.measures:
+            raise ValueError(f"metrics={list(self.measures)}: use some of {', '.join(MEASURES)}.")
+        if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
+            raise ValueError(f"lengths={list(self.lengths)} must be ascending numbers of tokens, each at least 1.")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations={self.num_generations}: rollouts are compared in pairs, use 2 or more.")
+        for name in ("contexts_per_document", "context_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: a greedy model has one rollout.")
+
+    @property
+    def samples(self) -> bool:
+        """Whether any measure needs rollouts."""
+        return bool({"feature_matching", "calibration", "diversity"} & set(self.measures))
+
+
+def prompt_groups(documents: Sequence[Record]) -> list[list[Record]]:
+    """Documents by equal prompt, in order of first appearance; text without a prompt is a group of its own."""
+    groups: dict[Any, list[Record]] = {}
+    for document in documents:
+        first = next((i for i, answer in enumerate(document["completion_mask"]) if answer), None)
+        prompt = tuple(document["input_ids"][:first]) if first else None
+        groups.setdefault(prompt or ("alone", document["document_id"]), []).append(document)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def measure_documents(
+    model: nn.Module,
+    network: FeatureNetwork | None,
+    groups: Iterable[list[Record]],
+    settings: DocumentSettings,
+    tokenizer: Any = None,
+) -> Iterator[list[Record]]:
+    """Measure documents, a few groups at a time.
+
+    Args:
+        model: The causal LM.
+        network: The frozen phi; its pooling is not used. None where `feature_matching` is not asked for.
+        groups: From `prompt_groups`, of rows of `ebft.data.tokenize_documents`.
+        settings: What and how.
+        tokenizer: Of the model, for the diversity of texts; None leaves self-BLEU out.
+
+    Yields:
+        One record per group of a batch.
+    """
+    device = next(model.parameters()).device
+    if network is not None:
+        network = copy.copy(network)
+        network.pooling = "token"
+    with evaluation_mode(model):
+        for some in _up_to(groups, settings.batch_size):
+            parts: list[Record] = []
+            for batch in batches_of((row for group in some for row in group), settings.batch_size, device):
+                parts += _measure_batch(model, network, batch, settings, tokenizer)
+            rows = iter(parts)
+            yield [_of_group([next(rows) for _ in group], group[0]["document_id"]) for group in some]
+
+
+def _up_to(groups: Iterable[list[Record]], size: int) -> Iterator[list[list[Record]]]:
+    """Groups of together about `size` documents, each one whole."""
+    some: list[list[Record]] = []
+    for group in groups:
+        if some and sum(map(len, some)) + len(group) > size:
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some
+
+
+def _measure_batch(
+    model: nn.Module, network: FeatureNetwork | None, batch: dict[str, Tensor], settings: DocumentSettings, tokenizer
+) -> list[Record]:
+    """One record per document; `behind_prompt` is the loss [L] and the reference's features [L, D] there, if any."""
+    measures, input_ids, doc_ids = settings.measures, batch["input_ids"], batch["doc_ids"].cpu()
+    sums: Sums = {}
+    text = token_statistics(model, input_ids, doc_ids) if {"cross_entropy", "calibration"} & set(measures) else None
+    if "cross_entropy" in measures and text is not None:
+        found = cross_entropy_sums(text.log_probs, batch)
+        sums["cross_entropy/all"] = found["ce_loss/all"], found["all_tokens"]
+        sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
+    first: tuple[Tensor, Tensor] | None = None
+    if settings.samples:
+        layout = contexts(batch, settings.contexts_per_document, settings.context_length, max(settings.lengths))
+        rollouts = _rollouts(model, batch, layout, settings)
+        if "calibration" in measures and text is not None:
+            sums |= _calibration(text, rollouts, layout)
+        if "diversity" in measures:
+            sums |= _diversity(rollouts.tokens, layout, tokenizer)
+        if "feature_matching" in measures:
+            assert network is not None, "loaded whenever its measure is asked for"
+            found, first = _feature_matching(network, input_ids, rollouts.tokens, layout, settings.lengths)
+            sums |= found
+    records: list[Record] = [
+        {name: [value[row].double().cpu(), count[row].double().item()] for name, (value, count) in sums.items()}
+        for row in range(len(input_ids))
+    ]
+    if first is not None:
+        for row in _behind_prompt(batch, layout).nonzero().flatten().tolist():
+            records[row]["behind_prompt"] = tuple(x[row] for x in first)
+    return records
+
+
+def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:
+    ids, N = batch["document_ids"].cpu(), settings.num_generations
+    uniforms = noise.sampling_uniforms(layout, ids, N, seed=settings.seed, purpose=noise.EVALUATION, step=0)
+    options = {"temperature": settings.temperature, "uniforms": uniforms}
+    return sample_rollouts(model, batch["input_ids"], layout, N, **options)
+
+
+def _calibration(text: Any, rollouts: Rollouts, layout: BlockLayout) -> Sums:
+    """At each place k of a completion [G]: entropy of the k-th generated token, and what the reference says there.
+
+    For a calibrated model the entropy of what it writes equals its cross-entropy on text (Braverman et al. 2019).
+    Rollouts run on after an EOS, as everywhere here.
+    """
+    anchors, valid, _ = (x.to(text.entropy.device) for x in layout.expand(len(text.entropy)))
+    at = anchors[..., None] - 1 + torch.arange(layout.completion_length, device=anchors.device)
+    at = at.clamp(max=text.entropy.shape[1] - 1).flatten(1)
+    shape, counts = (*anchors.shape, layout.completion_length), valid.sum(-1)
+    per_context = {
+        "entropy/rollout": rollouts.entropy.mean(2),
+        "entropy/reference": text.entropy.gather(1, at).view(shape),
+        "cross_entropy/reference": -text.log_probs.gather(1, at).view(shape),
+    }
+    return {name: (value.double().where(valid[..., None], 0).sum(1), counts) for name, value in per_context.items()}
+
+
+def _diversity(tokens: Tensor, layout: BlockLayout, tokenizer: Any) -> Sums:
+    """Means over the contexts of a document; a rollout ends at its EOS."""
+    eos = getattr(tokenizer, "eos_token_id", None)
+    values: dict[str, list[list[float]]] = {}
+    for row, valid in enumerate(layout.expand(len(tokens))[1]):
+        for context in tokens[row, valid.to(tokens.device)].tolist():
+            rollouts = [until_eos(rollout, eos) for rollout in context]
+            found: dict[str, float | None] = {"duplicate_rate": duplicate_rate(rollouts)}
+            found |= {f"distinct_{n}": distinct(rollouts, n) for n in NGRAMS}
+            found["self_bleu"] = self_bleu(tokenizer.batch_decode(rollouts)) if tokenizer is not None else None
+            for name, value in found.items():
+                if value is not None:
+                    values.setdefault(name, [[] for _ in tokens])[row].append(value)
+    return {
+        name: (torch.tensor([float(sum(v)) for v in rows]), torch.tensor([len(v) for v in rows]))
+        for name, rows in values.items()
+    }
+
+
+def _feature_matching(
+    network: FeatureNetwork, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Sequence[int]
+) -> tuple[Sums, tuple[Tensor, Tensor]]:
+    """Unbiased losses [B, L] of the documents; loss [B, L] and reference's features [B, L, D] of first contexts."""
+    generated, reference = network(input_ids, tokens, layout)  # [B, K, G, N, D], [B, K, G, D]
+    last = torch.tensor(lengths, device=generated.device) - 1
+    losses = feature_matching_loss(generated[:, :, last], reference[:, :, last])  # [B, K, L]
+    valid = layout.expand(len(tokens))[1].to(losses.device)
+    sums = losses.double().where(valid[..., None], 0).sum(1)
+    first = (losses[:, :1].sum(1), reference[:, :1][:, :, last].sum(1))  # of none: 0
+    return {"feature_matching_loss": (sums, valid.sum(-1))}, tuple(x.double().cpu() for x in first)  # type: ignore
+
+
+def _behind_prompt(batch: dict[str, Tensor], layout: BlockLayout) -> Tensor:
+    """Whether a document has a prompt and its first context is the one right behind it: BoolTensor [B]."""
+    mask = batch["completion_mask"].cpu()
+    if not layout.num_blocks:
+        return torch.zeros(len(mask), dtype=torch.bool)
+    first = mask.int().argmax(-1)
+    anchors, valid, _ = layout.expand(len(mask))
+    return valid[:, 0] & (anchors[:, 0] == first) & (first > 0)
+
+
+def _of_group(records: list[Record], document_id: int) -> Record:
+    """The documents of one prompt as one record, and what only several references of one context can say.
+
+    With m references y_i the variance of their features is estimated without bias: the mean of phi_i . phi_i minus
+    that of phi_i . phi_j over pairs. It is what L_CFM (eq 2) of the text's own distribution is, its floor; the rest
+    of L_CFM is L_FM (eq 1).
+    """
+    behind_prompt = [record.pop("behind_prompt") for record in records if "behind_prompt" in record]
+    whole: Record = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        parts = [record[name] for record in records if name in record]
+        whole[name] = [sum(part[0] for part in parts), sum(part[1] for part in parts)]
+    if len(behind_prompt) > 1:
+        losses, features = (torch.stack(x, dim=1) for x in zip(*behind_prompt, strict=True))  # [L, M], [L, M, D]
+        floor = reference_variance(features)
+        whole["feature_matching_floor"] = [floor, 1.0]
+        whole["feature_matching_excess"] = [losses.mean(-1) - floor, 1.0]
+    as_lists = {name: [value.tolist(), count] for name, (value, count) in whole.items()}
+    return {"id": document_id, **as_lists}
+
+
+def reference_variance(features: Tensor) -> Tensor:
+    """Unbiased variance E|phi|^2 - |E phi|^2 of features [..., M, D] over M >= 2 references: [...]."""
+    M, total = features.shape[-2], features.sum(-2)
+    squares = features.square().sum((-2, -1))
+    return squares / M - (total.square().sum(-1) - squares) / (M * (M - 1))

@@ -1,0 +1,149 @@
+"""Whole completions of prompts by transformers' own generation, batched by length; prompts are token ids.
+
+On a GPU the cache is static, which saves its growing; on a CPU it grows, so that short completions cost little.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..forward import evaluation_mode
+from .code_benchmarks import cut
+
+TOKENS_AT_A_TIME = 32_768  # of prompts and completions together, where the batch size does not say less
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How completions are drawn.
+
+    Attributes:
+        num_samples: Completions of each prompt.
+        max_new_tokens: Longest completion.
+        temperature: 0 is greedy, and then one sample is all there is.
+        top_p: Keep the smallest set of tokens of at least this probability.
+        batch_size: Completions at a time.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    num_samples: int = 1
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: use at least 0, and one in (0, 1].")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(f"num_samples={self.num_samples} at temperature 0 are all alike: use 1, or sample.")
+
+
+def check_room(prompts: Sequence[Sequence[int]], names: Sequence[str], model: nn.Module, max_new_tokens: int) -> None:
+    """Refuse prompts that with their completions exceed the model's positions.
+
+    Raises:
+        ValueError: Names the first such prompt.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator]
+    for prompt, name in zip(prompts, names, strict=True):
+        if not prompt:
+            raise ValueError(f"{name}: the prompt has no tokens.")
+        if positions is not None and len(prompt) + max_new_tokens > positions:
+            raise ValueError(
+                f"{name}: its prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+                f"{positions} positions: lower max_new_tokens."
+            )
+
+
+@torch.no_grad()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    stop: Sequence[tuple[str, ...]] | None = None,
+    done: Sequence[bool] | None = None,
+) -> Iterator[dict[int, list[str]]]:
+    """Complete prompts, a batch at a time, longest first.
+
+    What a prompt's samples are depends on the settings and on all prompts, not on which of them are `done`.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each.
+        settings: How.
+        stop: Strings of each prompt at which its completions end, without them.
+        done: Prompts that need not be completed again.
+
+    Yields:
+        The samples of each prompt of a batch, by its index.
+    """
+    stop = stop or [()] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), stop[i], i))
+    with evaluation_mode(model):
+        for number, batch in enumerate(_batches(order, prompts, stop, settings)):
+            if done is not None and all(done[i] for i in batch):
+                continue
+            torch.manual_seed(settings.seed * 1_000_003 + number)
+            yield _complete_batch(model, tokenizer, {i: prompts[i] for i in batch}, stop[batch[0]], settings)
+
+
+def _batches(order, prompts, stop, settings: GenerationSettings) -> Iterator[list[int]]:
+    """Neighbours in `order` that end at the same strings and fit together."""
+    batch: list[int] = []
+    for i in order:
+        if batch:
+            rows = (len(batch) + 1) * settings.num_samples
+            tokens = rows * (len(prompts[batch[0]]) + settings.max_new_tokens)
+            if rows > settings.batch_size or tokens > TOKENS_AT_A_TIME or stop[i] != stop[batch[0]]:
+                yield batch
+                batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _complete_batch(
+    model, tokenizer, prompts: dict[int, Sequence[int]], stop: tuple[str, ...], settings: GenerationSettings
+) -> dict[int, list[str]]:
+    device, length = model.device, max(map(len, prompts.values()))
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    rows = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts.values()]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
+    sampling = {"do_sample": False}
+    if settings.temperature:
+        sampling = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
+    found = model.generate(
+        torch.tensor(rows, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=settings.max_new_tokens,
+        num_return_sequences=settings.num_samples,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        cache_implementation="static" if device.type == "cuda" else None,
+        **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}),
+        **sampling,
+    )
+    new, n = found[:, length:].tolist(), settings.num_samples
+    return {
+        i: [cut(_behind(tokenizer, prompt, tokens), stop) for tokens in new[row * n : row * n + n]]
+        for row, (i, prompt) in enumerate(prompts.items())
+    }
+
+
+def _behind(tokenizer, prompt: Sequence[int], tokens: list[int]) -> str:
+    """The text of new tokens behind a prompt; decoded alone, some tokenizers drop a space in front."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode([*prompt, *tokens], **options)[len(tokenizer.decode(prompt, **options)) :]

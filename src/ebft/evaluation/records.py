@@ -1,0 +1,50 @@
+"""Records on disk, a line each, so that an interrupted evaluation goes on where it stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class RecordFile:
+    """Records with a unique `id`, and in the first line the settings they belong to.
+
+    Args:
+        path: Of the file; read if it is there.
+        settings: Everything that the records depend on, as JSON has it.
+
+    Raises:
+        ValueError: The file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Record):
+        self.path, self.records = path, {}
+        settings = json.loads(json.dumps(settings))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # the last one may have been cut off
+        if not whole:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            return
+        before = json.loads(whole[0])
+        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if changed:
+            text = ", ".join(f"{key} {before.get(key)!r} -> {settings.get(key)!r}" for key in sorted(changed))
+            raise ValueError(
+                f"output_dir='{path.parent.parent}' holds results of other settings ({text}): choose another folder, "
+                "or delete it."
+            )
+        if len(whole) < len(lines):
+            path.write_bytes(b"".join(whole))
+        for record in map(json.loads, whole[1:]):
+            self.records[record["id"]] = record
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.records
+
+    def append(self, records: list[Record]) -> None:
+        """Keep records and write them."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        self.records |= {record["id"]: record for record in records}

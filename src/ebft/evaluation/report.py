@@ -1,0 +1,178 @@
+"""The numbers of an evaluation as JSON and CSV, as tables on the screen, and as plots."""
+
+import csv
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .summary import Row
+
+RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
+PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
+FLOOR = "feature_matching_floor"
+
+
+def require_matplotlib() -> None:
+    """Fail before the work, not after it.
+
+    Raises:
+        ValueError: matplotlib, an optional extra, is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'ebft[plot]', or leave them out with --plots false")
+
+
+def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    """Write results.json (everything) and results.csv (the numbers, a line each)."""
+    text = json.dumps({**about, "results": list(rows)}, indent=1)
+    (folder / RESULTS).write_text(text, encoding="utf-8")
+    with open(folder / NUMBERS, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["model", "measure", "length", "mean", "low", "high", "units"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(console: Console, rows: Sequence[Row], names: Sequence[str], title: str) -> None:
+    """A table with one column per model (or pair), one line per number, intervals below the means."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    cells: dict[str, dict[str, Text]] = {}
+    for row in rows:
+        if row["model"] in names and (row["length"] is None or row["length"] in PLACES):
+            cells.setdefault(label(row), {})[row["model"]] = _cell(row)
+    for text, line in cells.items():
+        table.add_row(Text(text), *(line.get(name, Text("-")) for name in names))
+    console.print(table)
+
+
+def label(row: Row) -> str:
+    """What a number is, in words."""
+    name = row["measure"].replace("/", ", ").replace("_", " ")
+    return name if row["length"] is None else f"{name}, {row['length']} tokens"
+
+
+def _cell(row: Row) -> Text:
+    interval = f"[{row['low']:.4g}, {row['high']:.4g}]"
+    return Text.assemble(f"{row['mean']:.4g}\n", (interval, "dim"))
+
+
+def plot(folder: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Path]:
+    """Curves by length and by position and bars of single numbers, whatever was measured; as PNG and SVG.
+
+    Returns:
+        The PNG files.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    (folder / PLOTS).mkdir(exist_ok=True)
+    made = []
+    for name, draw in (("feature_matching", _curves), ("calibration", _calibration), ("scores", _bars)):
+        figure = draw(plt, rows, names)
+        if figure is None:
+            continue
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / PLOTS / f"{name}.{suffix}", dpi=110)
+        plt.close(figure)
+        made.append(folder / PLOTS / f"{name}.png")
+    return made
+
+
+def _of(rows: Sequence[Row], name: str, measure: str) -> list[Row]:
+    return [row for row in rows if row["model"] == name and row["measure"] == measure]
+
+
+def _band(axis: Any, rows: list[Row], name: str, color: str, **style: Any) -> None:
+    """Means over length, with the intervals as a band."""
+    if not rows:
+        return
+    x, mean, low, high = ([row[key] for row in rows] for key in ("length", "mean", "low", "high"))
+    axis.plot(x, mean, label=name, color=color, markersize=3, **style)
+    axis.fill_between(x, low, high, alpha=0.15, color=color, linewidth=0)
+
+
+def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
+    """Feature-matching loss of each model, with the floor where there is one, and differences from the first."""
+    measure = "feature_matching_loss"
+    if not any(row["measure"] == measure for row in rows):
+        return None
+    several = len(names) > 1
+    figure, axes = plt.subplots(1, 2 if several else 1, figsize=(11 if several else 6, 4), layout="constrained")
+    left = axes[0] if several else axes
+    for i, name in enumerate(names):
+        _band(left, _of(rows, name, measure), name, f"C{i}", marker="o")
+        if several and i:
+            _band(axes[1], _of(rows, f"{name} - {names[0]}", measure), f"{name} - {names[0]}", f"C{i}", marker="o")
+    _band(left, _of(rows, names[0], FLOOR), "variance of the references", "black", linestyle="--")
+    left.set_title("Held-out feature-matching loss")
+    if several:
+        axes[1].set_title("The same, paired difference")
+        axes[1].axhline(0, color="black", linewidth=0.8)
+    lengths = sorted({row["length"] for row in rows if row["measure"] == measure})
+    for axis in axes if several else [axes]:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        _finish(axis, "completion length, tokens")
+    return figure
+
+
+def _calibration(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
+    """For each model, entropy of the k-th token it writes beside cross-entropy and entropy on the reference text."""
+    if not any(row["measure"] == "entropy/rollout" for row in rows):
+        return None
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(5 * len(names) + 1, 4), layout="constrained", sharey=True, squeeze=False
+    )
+    lines = {
+        "entropy/rollout": ("entropy of what it writes", "C0", "-"),
+        "cross_entropy/reference": ("cross-entropy on the text", "C1", "-"),
+        "entropy/reference": ("entropy on the text", "C2", "--"),
+    }
+    for axis, name in zip(axes[0], names, strict=True):
+        for measure, (text, color, style) in lines.items():
+            _band(axis, _of(rows, name, measure), text, color, linestyle=style)
+        axis.set_title(name)
+        _finish(axis, "token of the completion")
+    axes[0][0].set_ylabel("nats")
+    return figure
+
+
+def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
+    """Single numbers, each on a scale of its own, with their intervals."""
+    measures = list(dict.fromkeys(row["measure"] for row in rows if row["length"] is None and row["model"] in names))
+    if not measures:
+        return None
+    across = min(4, len(measures))
+    down = -(-len(measures) // across)
+    figure, axes = plt.subplots(
+        down, across, figsize=(3.2 * across, 2.2 * down + 0.6), layout="constrained", squeeze=False
+    )
+    for axis, measure in zip(axes.flat, measures, strict=False):
+        for i, name in enumerate(names):
+            for row in _of(rows, name, measure):
+                spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+                axis.errorbar([i], [row["mean"]], yerr=spread, fmt="o", color=f"C{i}", capsize=4)
+        axis.set_title(label({"measure": measure, "length": None}), fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
+        axis.set_xlim(-0.5, len(names) - 0.5)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(measures) :]:
+        axis.axis("off")
+    return figure
+
+
+def _finish(axis: Any, x_label: str) -> None:
+    axis.set_xlabel(x_label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)

@@ -1,0 +1,357 @@
+"""Translation: segments in the common formats, prompts, and BLEU and chrF through sacrebleu."""
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .rows import Row, given, read_rows, strings_of, text_of, value_of
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Metric
+
+# The prompt of ALMA (Xu et al. 2023, "A Paradigm Shift in Machine Translation", and its README). What the model writes
+# is its translation up to `STOP`.
+TEMPLATE = (
+    "Translate this from {source_language} to {target_language}:\n{source_language}: {source}\n{target_language}:"
+)
+STOP = ("\n",)
+
+# Language codes (ISO 639-1) -> names, for the prompt.
+LANGUAGE_NAMES = {
+    **{"ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech", "da": "Danish"},
+    **{"de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian"},
+    **{"fi": "Finnish", "fr": "French", "gu": "Gujarati", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi"},
+    **{"hr": "Croatian", "hu": "Hungarian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese"},
+    **{"ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "ko": "Korean", "lt": "Lithuanian", "lv": "Latvian"},
+    **{"mk": "Macedonian", "mr": "Marathi", "ms": "Malay", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian"},
+    **{"pl": "Polish", "ps": "Pashto", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sk": "Slovak"},
+    **{"sl": "Slovenian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu"},
+    **{"th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese"},
+    **{"zh": "Chinese"},
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One text to translate.
+
+    Attributes:
+        source: The text.
+        references: Its translations by people, at least one.
+        direction: Codes of both languages, such as "de-en".
+    """
+
+    source: str
+    references: tuple[str, ...]
+    direction: str
+
+
+class TranslationScore(NamedTuple):
+    """A corpus score of one direction, and its bootstrap interval over segments.
+
+    Attributes:
+        direction: Such as "de-en".
+        metric: "BLEU" or "chrF", from 0 to 100.
+        hypotheses: Which ones were scored: "first", or "best of 4 by sentence BLEU".
+        score: Of the corpus.
+        mean: Of the resamples, the middle of the interval.
+        half_width: Of the 95 % interval; 0 without resamples.
+        signature: sacrebleu's, to be published with the score.
+    """
+
+    direction: str
+    metric: str
+    hypotheses: str
+    score: float
+    mean: float
+    half_width: float
+    signature: str
+
+
+class PairedScore(NamedTuple):
+    """A model's score beside the first model's, by a paired bootstrap over the same resamples of segments.
+
+    Attributes:
+        direction: Such as "de-en".
+        metric: "BLEU" or "chrF".
+        model: Name of the model.
+        score: Of the corpus.
+        mean: Of the resamples.
+        half_width: Of the 95 % interval.
+        p_value: That a difference to the first model as large as this comes by chance; None for the first model.
+        signature: sacrebleu's.
+    """
+
+    direction: str
+    metric: str
+    model: str
+    score: float
+    mean: float
+    half_width: float
+    p_value: float | None
+    signature: str
+
+
+def load_translations(
+    name: str,
+    *,
+    direction: str | None = None,
+    split: str = "test",
+    config: str | None = None,
+    field: str = "translation",
+) -> list[Segment]:
+    """Read parallel text.
+
+    The formats: `translation: {"de": ..., "en": ...}` (Hugging Face, ALMA) or the columns `de` and `en`, either of
+    which `direction` says how to read; `source` with `target` or `references` (a list) and, optionally, `direction`;
+    .tsv with two columns, the source first.
+
+    Args:
+        name: A .jsonl, .json, .tsv (each may end in .gz) or .parquet file, a folder, or a Hub name.
+        direction: Such as "de-en". Of rows with a direction of their own, only those are taken.
+        split: Split of a folder or a Hub dataset.
+        config: Hub configuration (subset).
+        field: The option that `name` comes from, for messages.
+
+    Raises:
+        ValueError: There is no such file or dataset, no segment, or no direction; or a row lacks a field, or holds one
+            that is blank or of another type. Names file and line (or dataset and row) and the field.
+    """
+    if direction is not None:
+        codes_of(direction, f"{field}: direction")
+    path = Path(name).expanduser()
+    if path.is_file() and path.name.lower().removesuffix(".gz").endswith(".tsv"):
+        rows = list(_tsv_rows(path))
+    else:
+        rows = read_rows(name, split, config, field)
+    segments = [_segment(row, place, direction) for place, row in rows]
+    if direction is not None:
+        segments = [segment for segment in segments if segment.direction == direction]
+    if not segments:
+        raise ValueError(f"{field}={name!r} holds no segment of direction {direction!r}: choose another direction")
+    return segments
+
+
+def codes_of(direction: str, label: str = "direction") -> tuple[str, str]:
+    """Both languages of a direction.
+
+    Raises:
+        ValueError: It is not two codes with a dash between.
+    """
+    source, dash, target = direction.partition("-")
+    if not dash or not source.isalpha() or not target.isalpha() or source == target:
+        raise ValueError(f"{label} is {direction!r}: give two different language codes with a dash, such as de-en")
+    return source, target
+
+
+def translation_prompt(segment: Segment, template: str = TEMPLATE, names: Mapping[str, str] = LANGUAGE_NAMES) -> str:
+    """What a model is given to translate a segment.
+
+    Args:
+        segment: Which.
+        template: A format string with {source}, and optionally {source_language} and {target_language}.
+        names: Language codes -> names in the prompt.
+
+    Raises:
+        ValueError: The template is not such a string, or a language has no name.
+    """
+    check_template(template)
+    source, target = codes_of(segment.direction)
+    for code in (source, target):
+        if code not in names:
+            raise ValueError(
+                f"direction={segment.direction!r}: no name of the language {code!r} is known: pass `names`"
+            )
+    return template.format(source=segment.source, source_language=names[source], target_language=names[target])
+
+
+def check_template(template: str, field: str = "translation_template") -> None:
+    """Refuse a template that cannot be filled in.
+
+    Raises:
+        ValueError: It is no format string, lacks {source}, or has a field that is not known.
+    """
+    known = {"source", "source_language", "target_language"}
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"{field}={template!r} is no format string ({error}): write {{{{ for a brace") from error
+    if fields - known or "source" not in fields:
+        wanted = ", ".join(f"{{{name}}}" for name in sorted(known))
+        raise ValueError(
+            f"{field}={template!r} has the fields {sorted(fields)}: use {wanted}, and {{source}} for sure"
+        )
+
+
+def translation_scores(
+    segments: Sequence[Segment], hypotheses: Sequence[Sequence[str]], *, n_bootstrap: int = 1000
+) -> list[TranslationScore]:
+    """BLEU and chrF of a model, per direction: of the first hypothesis of each segment, and of the best.
+
+    The best is the one that comes closest to the references, by the same metric on the sentence: what a perfect choice
+    among k samples would reach (an oracle), not what the model does on its own.
+
+    Args:
+        segments: What was translated.
+        hypotheses: The k translations of each, [segments][k]; the first is the greedy one where there is one.
+        n_bootstrap: Resamples of the segments for the intervals, with sacrebleu's fixed seed; 1 for none.
+
+    Raises:
+        ValueError: Numbers do not match, or a segment has no hypothesis.
+        ImportError: sacrebleu is not installed.
+    """
+    k = _check_hypotheses(segments, hypotheses)
+    rows = []
+    for direction, members in _by_direction(segments).items():
+        references = _streams([segments[i] for i in members])
+        judges = _metrics(direction, sentences=True)
+        for name, metric in _metrics(direction).items():
+            chosen = {"first": [hypotheses[i][0] for i in members]}
+            if k > 1:
+                best = [_best(judges[name], hypotheses[i], segments[i].references) for i in members]
+                chosen[f"best of {k} by sentence {name}"] = best
+            for label, texts in chosen.items():
+                score: Any = metric.corpus_score(texts, references, n_bootstrap=n_bootstrap)
+                mean, half_width = (score._mean, score._ci) if n_bootstrap > 1 else (score.score, 0.0)
+                signature = str(metric.get_signature())
+                rows.append(
+                    TranslationScore(direction, name, label, score.score, float(mean), float(half_width), signature)
+                )
+    return rows
+
+
+def compare_translations(
+    segments: Sequence[Segment], hypotheses: Mapping[str, Sequence[str]], *, n_bootstrap: int = 1000
+) -> list[PairedScore]:
+    """Several models on the same segments, by sacrebleu's paired bootstrap (Koehn 2004), per direction.
+
+    Args:
+        segments: What was translated.
+        hypotheses: Model -> one translation of each segment; the first model is what the others are held against.
+        n_bootstrap: Resamples of the segments, with sacrebleu's fixed seed.
+
+    Raises:
+        ValueError: Numbers do not match, or there are fewer than two models.
+        ImportError: sacrebleu is not installed.
+    """
+    if len(hypotheses) < 2:
+        raise ValueError(f"hypotheses holds {len(hypotheses)} model(s): a comparison takes at least two.")
+    for texts in hypotheses.values():
+        _check_hypotheses(segments, [[text] for text in texts])
+    _sacrebleu()
+    from sacrebleu.significance import PairedTest
+
+    rows = []
+    for direction, members in _by_direction(segments).items():
+        references = _streams([segments[i] for i in members])
+        written = {model: [texts[i] for i in members] for model, texts in hypotheses.items()}
+        systems: Any = list(written.items())
+        test = PairedTest(systems, _metrics(direction), references, test_type="bs", n_samples=n_bootstrap)
+        signatures, scores = test()
+        del scores["System"]  # the models' names, in our order
+        for name, results in scores.items():
+            for model, result in zip(written, results, strict=True):
+                value: Any = result
+                # Of equal texts all differences are zero, which sacrebleu would call significant.
+                same = value.p_value is not None and written[model] == systems[0][1]
+                p_value = 1.0 if same else value.p_value
+                row = (value.score, float(value.mean), float(value.ci), p_value, str(signatures[name]))
+                rows.append(PairedScore(direction, name.rstrip("2"), model, *row))
+    return rows
+
+
+def _segment(row: Row, place: str, direction: str | None) -> Segment:
+    if given(row, "translation"):
+        return _of_pair(value_of(row, place, "translation", dict), f"{place}, in `translation`", direction)
+    if not given(row, "source") and direction is not None and set(codes_of(direction)) <= row.keys():
+        return _of_pair(row, place, direction)
+    source = text_of(row, place, "source")
+    if given(row, "references"):
+        references = strings_of(row, place, "references")
+        if not references or not all(reference.strip() for reference in references):
+            raise ValueError(f"{place}: the field `references` is empty or holds a blank one: give each a translation")
+    else:
+        references = (text_of(row, place, "target"),)
+    own = text_of(row, place, "direction") if given(row, "direction") else direction
+    if own is None:
+        raise ValueError(f"{place}: the field `direction` is missing: add it, or say which for all, such as de-en")
+    codes_of(own, f"{place}: the field `direction`")
+    return Segment(source, references, own)
+
+
+def _of_pair(pair: Row, place: str, direction: str | None) -> Segment:
+    """A segment of a row that says each language's text but not which of them is the source."""
+    if direction is None:
+        codes = sorted(pair)
+        raise ValueError(
+            f"{place}: which of {codes} is the source? Say it with a direction, such as {'-'.join(codes)}"
+        )
+    source, target = codes_of(direction)
+    return Segment(text_of(pair, place, source), (text_of(pair, place, target),), direction)
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    from ebft.data.loading import _numbered_lines
+
+    for number, line in _numbered_lines(path):
+        columns = line.rstrip("\r\n").split("\t")
+        if columns == [""]:
+            continue
+        if len(columns) != 2:
+            raise ValueError(f"{path}, line {number}: {len(columns)} column(s) where source and target are expected")
+        yield f"{path}, line {number}", {"source": columns[0], "target": columns[1]}
+
+
+def _check_hypotheses(segments: Sequence[Segment], hypotheses: Sequence[Sequence[str]]) -> int:
+    """How many hypotheses each segment has."""
+    if not segments:
+        raise ValueError("segments is empty: pass at least one.")
+    if len(segments) != len(hypotheses):
+        raise ValueError(
+            f"hypotheses are of {len(hypotheses)} segments, but there are {len(segments)}: give each some."
+        )
+    k = len(hypotheses[0])
+    for i, texts in enumerate(hypotheses):
+        if isinstance(texts, str) or not texts or len(texts) != k:
+            raise ValueError(f"hypotheses of segment {i}: {texts!r:.80}; give each segment a list of the same length.")
+    return k
+
+
+def _by_direction(segments: Sequence[Segment]) -> dict[str, list[int]]:
+    members: dict[str, list[int]] = {}
+    for i, segment in enumerate(segments):
+        members.setdefault(segment.direction, []).append(i)
+    return members
+
+
+def _streams(segments: Sequence[Segment]) -> Any:
+    """References as sacrebleu takes them: one list with the first one of each segment, one with the second, ..."""
+    most = max(len(segment.references) for segment in segments)
+    padded = [[*segment.references, *[None] * (most - len(segment.references))] for segment in segments]
+    return [list(stream) for stream in zip(*padded, strict=True)]
+
+
+def _best(judge: Any, hypotheses: Sequence[str], references: tuple[str, ...]) -> str:
+    """The hypothesis with the best score as a sentence; the first of several that are equally good."""
+    return max(hypotheses, key=lambda text: judge.sentence_score(text, list(references)).score)
+
+
+def _metrics(direction: str, *, sentences: bool = False) -> "dict[str, Metric]":
+    """BLEU, with the tokeniser that sacrebleu has for the target language, and chrF."""
+    _sacrebleu()
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    target = codes_of(direction)[1]
+    # Sentences shorter than four words have no 4-gram: without the effective order their BLEU says nothing.
+    return {"BLEU": BLEU(trg_lang=target, effective_order=sentences), "chrF": CHRF()}
+
+
+def _sacrebleu() -> None:
+    """Say how to install sacrebleu if it is not there."""
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise ImportError("BLEU and chrF need sacrebleu: pip install 'ebft[translation]'") from error

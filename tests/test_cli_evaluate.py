@@ -1,0 +1,173 @@
+"""`ebft evaluate` on two small checkpoints: numbers, files, going on after an interruption, and what it refuses."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ebft.cli import main
+from ebft.data import load_documents, tokenize_documents
+from ebft.evaluation import cross_entropy
+from sandboxes import works
+from tiny import byte_bpe_tokenizer
+from tiny_models import tiny_model
+
+LINES = ["the quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n", "two and two is four."]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Two models with one tokenizer, raw text, answers with shared prompts, and a benchmark."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = byte_bpe_tokenizer()
+    for seed, name in enumerate(("sft", "ebft")):
+        tiny_model(seed=seed, scale=3.0, vocab_size=len(tokenizer), dtype=torch.float32).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write(folder / "text.jsonl", [{"text": f"{line} {line}"} for line in LINES])
+    asked = [{"prompt": "the quick brown", "completion": f" fox jumps over {i} dogs"} for i in range(3)]
+    write(folder / "qa.jsonl", [*asked, {"prompt": "user: what is two", "completion": " and two? four."}])
+    write(folder / "problems.jsonl", [{"id": "add", "prompt": "def add(a, b):\n", "tests": "assert add(1, 2) == 3"}])
+    write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
+    return folder
+
+
+def write(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(workplace, tmp_path, monkeypatch, capsys):
+    """Runs `ebft evaluate` in the workplace; exit status and what went to stderr."""
+    monkeypatch.chdir(workplace)
+
+    def run(*words: str, output: str = "out"):
+        models = [] if "--model_name_or_path" in words else ["--model_name_or_path", "sft", "ebft"]
+        status = main(["evaluate", *models, "--output_dir", str(tmp_path / output), *words])
+        return status, capsys.readouterr()
+
+    return run
+
+
+DOCUMENTS = ("--dataset_name", "qa.jsonl", "--context_length", "3", "--lengths", "1", "2", "4", "--batch_size", "2")
+
+
+def test_documents_of_two_models(run, tmp_path, workplace):
+    status, printed = run(*DOCUMENTS)
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    numbers = {(row["model"], row["measure"], row["length"]): row for row in results["results"]}
+    for name in ("sft", "ebft", "ebft - sft"):
+        for measure in ("feature_matching_loss", "feature_matching_floor", "feature_matching_excess"):
+            assert {length for model, m, length in numbers if (model, m) == (name, measure)} == {1, 2, 4}
+        for measure in ("entropy/rollout", "entropy/reference", "cross_entropy/reference"):
+            assert {length for model, m, length in numbers if (model, m) == (name, measure)} == {1, 2, 3, 4}
+        for measure in ("cross_entropy/all", "cross_entropy/answer", "duplicate_rate", "distinct_2"):
+            assert (name, measure, None) in numbers
+    assert all(row["low"] <= row["mean"] <= row["high"] for row in numbers.values())
+    assert numbers["sft", "feature_matching_floor", 4]["mean"] == numbers["ebft", "feature_matching_floor", 4]["mean"]
+    assert results["feature_network"]["name"] == "sft"
+    assert len(results["feature_network"]["sha256"]) == 64
+
+    tokenizer = byte_bpe_tokenizer()
+    rows = tokenize_documents(load_documents(str(workplace / "qa.jsonl")), tokenizer, max_length=64)
+    model = tiny_model(seed=1, scale=3.0, vocab_size=len(tokenizer), dtype=torch.float32)
+    expected = cross_entropy(model, rows)["answer"].estimate().mean.item()
+    assert numbers["ebft", "cross_entropy/answer", None]["mean"] == pytest.approx(expected, abs=1e-5)
+
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(results["results"])
+    for name in ("feature_matching", "calibration", "scores"):
+        assert (tmp_path / "out" / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / "out" / "plots" / f"{name}.svg").read_bytes()
+    assert "Paired differences" in printed.out
+
+
+def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path):
+    assert run(*DOCUMENTS)[0] == 0
+    whole = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    records = tmp_path / "out" / "records" / "ebft-documents.jsonl"
+    lines = records.read_bytes().splitlines(keepends=True)
+    kept = json.loads(lines[1])
+    kept["cross_entropy/all"][0] += 1000.0  # a mark: it must not be measured again
+    records.write_bytes(lines[0] + json.dumps(kept).encode() + b"\n" + lines[2][:20])
+    assert run(*DOCUMENTS)[0] == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    for one, other in zip(whole, again, strict=True):
+        if "all" not in one["measure"] or one["model"] == "sft":
+            assert one == pytest.approx(other, abs=1e-6) if one["model"] != "sft" else one == other
+    assert max(row["mean"] for row in again if row["measure"] == "cross_entropy/all") > 10
+
+
+def test_other_settings_are_not_mixed(run):
+    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy", "--seed", "1")
+    assert status == 2 and "other settings (seed 0 -> 1)" in printed.err
+
+
+def test_raw_text_and_lengths_that_fit(run, tmp_path):
+    with pytest.warns(UserWarning, match="half of the documents have no room"):
+        status, printed = run("--dataset_name", "text.jsonl", "--metrics", "feature_matching", "--plots", "false")
+    assert status == 0, printed.err
+    assert not (tmp_path / "out" / "plots").exists()
+
+
+@pytest.mark.skipif(
+    not (works("bubblewrap") or works("namespaces")), reason="needs bubblewrap (apt-get install bubblewrap)"
+)
+def test_code_and_translation(run, tmp_path):
+    """Both tasks from end to end; a model that knows nothing passes nothing and translates badly, honestly counted."""
+    options = ("--num_samples", "3", "--pass_at_k", "1", "2", "--max_new_tokens", "6", "--best_of", "2")
+    tasks = ("--code_benchmark", "problems.jsonl", "--translation", "pairs.jsonl", "--translation_direction", "de-en")
+    status, printed = run(*tasks, *options)
+    assert status == 0, printed.err
+    assert "Generated code runs in" in printed.out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    numbers = {(row["model"], row["measure"]): row["mean"] for row in results}
+    for k in (1, 2):
+        assert numbers["ebft", f"problems.jsonl/sampled/pass@{k}"] == 0
+    assert numbers["sft", "problems.jsonl/greedy/pass@1"] == 0
+    assert 0 <= numbers["sft", "de-en/BLEU (first)"] <= 100
+    records = (tmp_path / "out" / "records" / "sft-problems.jsonl-sampled.jsonl").read_text().splitlines()
+    assert len(json.loads(records[1])["samples"]) == 3 == len(json.loads(records[1])["verdicts"])
+    shutil.rmtree(tmp_path / "out" / "plots")
+    assert run(*tasks, *options)[0] == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "dataset_name, code_benchmark, translation, tasks: all are missing"),
+        (("--model_name_or_path", "sft", "sft", "--dataset_name", "qa.jsonl"), "two are called alike"),
+        (("--model_name_or_path", "nothing", "--dataset_name", "qa.jsonl"), "model_name_or_path='nothing'"),
+        (("--dataset_name", "nothing.jsonl"), "dataset_name='nothing.jsonl': no such file"),
+        (("--dataset_name", "qa.jsonl", "--metrics", "bleu"), "metrics=['bleu']: use some of"),
+        (("--dataset_name", "qa.jsonl", "--lengths", "512"), "the longest completion that fits is"),
+        (("--dataset_name", "qa.jsonl", "--metric", "x"), "unknown option metric; did you mean metrics?"),
+        (("--dataset_name", "qa.jsonl", "--dtype", "int8"), "dtype='int8'"),
+        (("--code_benchmark", "problems.jsonl", "--pass_at_k", "4"), "pass_at_k=4 is larger than"),
+        (("--code_benchmark", "qa.jsonl"), "qa.jsonl"),
+        (("--translation", "pairs.jsonl", "--translation_direction", "de-fr"), "fr"),
+        (("--translation", "pairs.jsonl", "--translation_template", "say {word}"), "translation_template"),
+    ],
+)
+def test_what_it_refuses(run, tmp_path, words, message):
+    status, printed = run(*words)
+    assert status == 2
+    assert message in printed.err, printed.err
+    assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
+
+
+def test_models_with_different_tokenizers(run, workplace):
+    shutil.copytree(workplace / "sft", workplace / "other")
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(workplace / "other")
+    status, printed = run("--model_name_or_path", "sft", "other", "--dataset_name", "qa.jsonl")
+    assert status == 2 and "other has another vocabulary than sft" in printed.err
+    options = ("--model_name_or_path", "sft", "--feature_model_name_or_path", "other", "--dataset_name", "qa.jsonl")
+    status, printed = run(*options)
+    assert status == 2 and "feature_model_name_or_path='other' has another vocabulary" in printed.err

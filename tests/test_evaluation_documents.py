@@ -1,0 +1,256 @@
+"""Measures of documents against plain forwards and small cases; shared prompts; records of an interrupted call."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ebft import FeatureNetwork
+from ebft.data import tokenize_documents
+from ebft.evaluation import DocumentMean, cross_entropy, feature_matching_curve
+from ebft.evaluation.batches import batches_of
+from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_eos
+from ebft.evaluation.documents import DocumentSettings, measure_documents, prompt_groups, reference_variance
+from ebft.evaluation.feature_curve import contexts
+from ebft.evaluation.records import RecordFile
+from ebft.evaluation.summary import means_of, summarise
+from ebft.evaluation.token_statistics import token_statistics
+from ebft.noise import EVALUATION, sampling_uniforms
+from ebft.rollout import sample_rollouts
+from tiny import byte_bpe_tokenizer
+from tiny_models import tiny_model
+
+SETTINGS = DocumentSettings(
+    lengths=(1, 2, 4), num_generations=3, contexts_per_document=2, context_length=3, batch_size=2
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_model(seed=0, scale=3.0), tiny_model(seed=1, scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Raw text of unequal lengths; the last is too short for a context."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, 61, (n,), generator=generator).tolist()} for n in (17, 30, 9, 5)]
+    return list(tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64))
+
+
+def measured(model, phi, documents, settings=SETTINGS, tokenizer=None):
+    network = FeatureNetwork(phi)
+    batches = measure_documents(model, network, prompt_groups(documents), settings, tokenizer)
+    return means_of(record for records in batches for record in records)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_token_statistics_are_those_of_a_plain_forward(documents, family):
+    model = tiny_model(family, scale=3.0)
+    (batch,) = batches_of(documents, 8, "cpu")
+    found = token_statistics(model, batch["input_ids"], batch["doc_ids"])
+    for i, row in enumerate(documents):
+        log_probs = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        n = len(log_probs)
+        expected = log_probs.gather(-1, torch.tensor(row["input_ids"][1:])[:, None])[:, 0]
+        torch.testing.assert_close(found.log_probs[i, :n], expected, rtol=0, atol=1e-5)
+        entropy = torch.distributions.Categorical(logits=log_probs).entropy()
+        torch.testing.assert_close(found.entropy[i, :n], entropy, rtol=0, atol=1e-5)
+
+
+def test_measures_are_those_of_their_own_functions(models, documents):
+    """The one pass over all measures gives what each function gives by itself, with the same noise."""
+    model, phi = models
+    found = measured(model, phi, documents)
+    text = cross_entropy(model, documents)
+    for name in ("all", "answer"):
+        torch.testing.assert_close(found[f"cross_entropy/{name}"].sums, text[name].sums, rtol=0, atol=1e-5)
+        assert torch.equal(found[f"cross_entropy/{name}"].counts, text[name].counts)
+    options = dict(num_generations=3, contexts_per_document=2, context_length=3)
+    curve = feature_matching_curve(model, FeatureNetwork(phi), documents, (1, 2, 4), **options).by_document()
+    kept = found["feature_matching_loss"].counts > 0
+    assert kept.tolist() == [True, True, True, False]
+    torch.testing.assert_close(found["feature_matching_loss"].sums[kept], curve.sums, rtol=0, atol=1e-6)
+    assert torch.equal(found["feature_matching_loss"].counts[kept], curve.counts)
+    assert "feature_matching_floor" not in found, "no two documents share a prompt"
+
+
+def test_measures_do_not_depend_on_batches(models, documents):
+    model, phi = models
+    one, other = (
+        measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "batch_size": size})) for size in (1, 4)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name].sums, other[name].sums, rtol=0, atol=1e-5)
+        assert torch.equal(one[name].counts, other[name].counts)
+
+
+@torch.no_grad()
+def test_calibration_token_by_token(models, documents):
+    """Entropies of a rollout's steps and of the text, from one plain forward per context and rollout."""
+    model, phi = models
+    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "measures": ("calibration",)}))
+    assert set(found) == {"entropy/rollout", "entropy/reference", "cross_entropy/reference"}
+    (batch,) = batches_of(documents, 8, "cpu")
+    layout = contexts(batch, 2, 3, 4)
+    noise = sampling_uniforms(layout, batch["document_ids"], 3, seed=0, purpose=EVALUATION, step=0)
+    tokens = sample_rollouts(model, batch["input_ids"], layout, 3, uniforms=noise).tokens
+    for i, row in enumerate(documents):
+        sums = torch.zeros(3, 4, dtype=torch.float64)
+        for k in layout.valid[i].nonzero().flatten().tolist():
+            anchor, ids = int(layout.anchors[i, k]), torch.tensor(row["input_ids"])
+            for rollout in tokens[i, k]:
+                logits = model(torch.cat([ids[:anchor], rollout])[None]).logits[0, anchor - 1 : -1]
+                sums[0] += torch.distributions.Categorical(logits=logits).entropy().double() / 3
+            logits = model(ids[None, : anchor + 4]).logits[0, anchor - 1 : -1]
+            sums[1] += torch.distributions.Categorical(logits=logits).entropy().double()
+            sums[2] += torch.nn.functional.cross_entropy(logits, ids[anchor : anchor + 4], reduction="none").double()
+        for value, name in zip(sums, ("entropy/rollout", "entropy/reference", "cross_entropy/reference"), strict=True):
+            torch.testing.assert_close(found[name].sums[i], value, rtol=0, atol=2e-5)
+
+
+# --- several references of one prompt ---
+
+
+def test_variance_of_references_is_unbiased():
+    """Its mean over all draws of M features from four, enumerated, is the variance of the four."""
+    points = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = points.square().sum(-1).mean() - points.mean(0).square().sum()
+    for m in (2, 3):
+        draws = torch.tensor(list(itertools.product(range(4), repeat=m)))
+        assert reference_variance(points[draws]).mean().item() == pytest.approx(exact.item(), abs=1e-12)
+
+
+def test_documents_of_one_prompt_are_one_group(documents):
+    tokenizer = byte_bpe_tokenizer()
+    rows = [{"prompt": p, "completion": c} for p, c in (("a fox", " runs"), ("a dog", " sits"), ("a fox", " sits"))]
+    asked = list(tokenize_documents(Dataset.from_list(rows), tokenizer, max_length=64))
+    assert [[row["document_id"] for row in group] for group in prompt_groups(asked)] == [[0, 2], [1]]
+    assert [len(group) for group in prompt_groups([*documents, documents[0]])] == [2, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def own_rollouts():
+    """A model and, as documents, eight of its own rollouts behind each of 60 prompts."""
+    model, G, n = tiny_model(seed=2, scale=6.0), 4, 8
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(3, 61, (60, 5), generator=generator)
+    (batch,) = batches_of(
+        [
+            {
+                "input_ids": [*row, *[3] * G],
+                "completion_mask": [0] * 5 + [1] * G,
+                "loss_mask": [1] * 9,
+                "document_id": i,
+            }
+            for i, row in enumerate(prompts.tolist())
+        ],
+        60,
+        "cpu",
+    )
+    layout = contexts(batch, 1, 3, G)
+    tokens = sample_rollouts(model, batch["input_ids"], layout, n, generator=generator).tokens[:, 0]
+    rows = [
+        {"input_ids": [*prompt, *rollout], "completion_mask": [0] * 5 + [1] * G, "loss_mask": [1] * 9}
+        for prompt, rollouts in zip(prompts.tolist(), tokens.tolist(), strict=True)
+        for rollout in rollouts
+    ]
+    return model, [row | {"document_id": i} for i, row in enumerate(rows)]
+
+
+def test_model_against_its_own_rollouts(own_rollouts):
+    """L_CFM is then the variance of the references, not 0, and L_FM, what is above it, is 0 within its interval."""
+    model, rows = own_rollouts
+    options = dict(measures=("feature_matching",), contexts_per_document=1, batch_size=64, num_generations=4)
+    settings = DocumentSettings(**{**vars(SETTINGS), **options})
+    found = measured(model, tiny_model(seed=5, scale=3.0), rows, settings)
+    assert found["feature_matching_floor"].counts.tolist() == [1.0] * 60
+    floor, loss, excess = (found[f"feature_matching_{name}"].estimate() for name in ("floor", "loss", "excess"))
+    assert (floor.mean > 0.05).all()
+    assert ((excess.low <= 0) & (excess.high >= 0)).all()
+    assert ((loss.low <= floor.mean) & (floor.mean <= loss.high)).all()
+    torch.testing.assert_close(loss.mean - floor.mean, excess.mean)
+    another = measured(tiny_model(seed=8, scale=12.0), tiny_model(seed=5, scale=3.0), rows, settings)
+    assert (another["feature_matching_excess"].estimate().low > 0)[-1], "another model is told apart"
+
+
+# --- diversity ---
+
+
+def test_diversity_of_small_cases():
+    assert duplicate_rate([[1, 2], [1, 2], [1, 3], [1, 2]]) == pytest.approx(2 / 4)
+    assert distinct([[1, 2, 1], [1, 2]], 1) == pytest.approx(2 / 5)
+    assert distinct([[1, 2, 1], [1, 2]], 2) == pytest.approx(2 / 3)
+    assert distinct([[1], [2]], 2) is None
+    assert until_eos([5, 6, 0, 7], 0) == [5, 6]
+    assert until_eos([5, 6], None) == [5, 6]
+
+
+def test_self_bleu():
+    pytest.importorskip("sacrebleu")
+    same = "the quick brown fox jumps over the lazy dog"
+    assert self_bleu([same, same, same]) == pytest.approx(100)
+    other = "completely different words stand here in this line"
+    assert 0 <= self_bleu([same, other]) < 10
+    assert self_bleu([same, "", " "]) is None
+
+
+def test_diversity_of_documents(models, documents):
+    """Equal rollouts at a temperature near 0; the texts' self-BLEU needs a tokenizer."""
+    model, phi = models
+    options = dict(measures=("diversity",), temperature=1e-4)
+    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), **options}))
+    assert found["duplicate_rate"].estimate().mean.item() == pytest.approx(2 / 3)
+    assert found["duplicate_rate"].counts.tolist() == [2, 2, 2, 0]
+    assert found["distinct_1"].estimate().mean.item() <= 1 / 3 + 1e-9
+    assert "self_bleu" not in found
+
+
+# --- summaries and records ---
+
+
+def test_summary_of_two_models():
+    means = {
+        name: {"loss": DocumentMean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + shift, torch.ones(2))}
+        | {"cross_entropy/all": DocumentMean(torch.tensor([2.0, 2.0]) + shift, torch.ones(2))}
+        for name, shift in (("a", 0.0), ("b", 0.5))
+    }
+    rows = {(r["model"], r["measure"], r["length"]): r["mean"] for r in summarise(means, {"loss": (1, 8)})}
+    assert rows["a", "loss", 1] == 2 and rows["b", "loss", 8] == 3.5
+    assert rows["b - a", "loss", 1] == pytest.approx(0.5) == rows["b - a", "cross_entropy/all", None]
+    assert rows["a", "perplexity/all", None] == pytest.approx(7.389, abs=1e-3)
+    assert ("b - a", "perplexity/all", None) not in rows, "a difference of cross-entropies is no cross-entropy"
+
+
+def test_records_go_on_where_they_stopped(tmp_path):
+    path = tmp_path / "records" / "a.jsonl"
+    file = RecordFile(path, {"seed": 0, "lengths": (1, 2)})
+    file.append([{"id": 4, "loss": [[0.5], 1.0]}, {"id": 7, "loss": [[0.25], 1.0]}])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])  # cut off in the middle of a line
+    again = RecordFile(path, {"seed": 0, "lengths": [1, 2]})
+    assert 4 in again and 7 not in again
+    again.append([{"id": 7, "loss": [[0.25], 1.0]}])
+    assert path.read_bytes() == whole
+    with pytest.raises(ValueError, match="other settings \\(seed 0 -> 1\\)"):
+        RecordFile(path, {"seed": 1, "lengths": [1, 2]})
+    assert json.loads(whole.splitlines()[1])["id"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(measures=("cross_entropy", "bleu")), "metrics=.*bleu.*use some of cross_entropy"),
+        (dict(lengths=(4, 2)), r"lengths=\[4, 2\]"),
+        (dict(num_generations=1), "num_generations=1"),
+        (dict(temperature=0.0), "temperature=0"),
+        (dict(batch_size=0), "batch_size=0"),
+    ],
+)
+def test_settings_refuse(change, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentSettings(**change)

@@ -1,0 +1,86 @@
+"""Completions of many prompts at once against one prompt at a time."""
+
+import pytest
+import torch
+
+from ebft.evaluation.generation import GenerationSettings, check_room, complete
+from tiny import byte_bpe_tokenizer
+from tiny_models import tiny_model
+
+TEXTS = ["the quick", "def add(a, b):", "x", "the dog sleeps; the fox"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_bpe_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(vocab_size=len(tokenizer), scale=4.0)
+
+
+def completed(model, tokenizer, settings, prompts, **options):
+    found = {}
+    for part in complete(model, tokenizer, prompts, settings, **options):
+        assert not part.keys() & found.keys()
+        found |= part
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_greedy_completions_are_those_of_each_prompt_alone(model, tokenizer, batch_size):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    found = completed(model, tokenizer, GenerationSettings(max_new_tokens=7, batch_size=batch_size), prompts)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        for _ in range(7):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        expected = tokenizer.decode(ids[0, len(prompt) :].tolist()).split("<|endoftext|>")[0]
+        assert found[i] == [expected.replace("<|pad|>", "")]
+
+
+def test_stop_strings_end_each_completion(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    settings = GenerationSettings(max_new_tokens=12)
+    whole = completed(model, tokenizer, settings, prompts)
+    stops = [(text[0][2:4],) if len(text[0]) > 4 else ("zzz",) for text in whole.values()]
+    stops = [stops[list(whole).index(i)] for i in range(len(prompts))]
+    found = completed(model, tokenizer, settings, prompts, stop=stops)
+    for i, (stop,) in enumerate(stops):
+        assert found[i][0] == whole[i][0].split(stop)[0]
+
+
+def test_samples_do_not_depend_on_what_is_done(model, tokenizer):
+    """An interrupted run draws the rest as an unbroken one."""
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    settings = GenerationSettings(num_samples=3, max_new_tokens=5, temperature=1.0, batch_size=6, seed=4)
+    whole = completed(model, tokenizer, settings, prompts)
+    first = next(complete(model, tokenizer, prompts, settings))
+    rest = completed(model, tokenizer, settings, prompts, done=[i in first for i in range(len(prompts))])
+    assert first | rest == whole
+    assert not first.keys() & rest.keys()
+    assert len(set(whole[0])) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_samples=0), "num_samples=0"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(temperature=-1.0), "temperature=-1"),
+        (dict(num_samples=2), "num_samples=2 at temperature 0"),
+        (dict(top_p=0.0), "top_p=0"),
+    ],
+)
+def test_settings_refuse(change, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**change)
+
+
+def test_prompts_that_do_not_fit_are_named(model):
+    positions = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"task/2: its prompt of 9 tokens .* exceed the model's {positions}"):
+        check_room([[1], [2] * 9], ["task/1", "task/2"], model, positions - 5)
+    with pytest.raises(ValueError, match="task/1: the prompt has no tokens"):
+        check_room([[]], ["task/1"], model, 4)

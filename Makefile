@@ -43,8 +43,8 @@ quickstart: $(READY)  ## base model, SFT and EBFT side by side on Python's own s
 	$(BIN)/python -m ebft.quickstart $(QUICKSTART_ARGS)
 
 bench: $(READY)  ## what an update costs: published scheme, ours, SFT (CPU, two threads, about twelve minutes)
-	$(BIN)/python -m benchmarks --threads 2 --micro_batch 4 --setting qa translation \
-		--sweep max_length num_generations completion_length --sweep_documents 1 --sweep_arms ours_reused $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks --threads 2 --setting qa translation \
+		--sweep max_length num_generations completion_length --sweep_arms ours_reused $(BENCH_ARGS)
 
 clean:  ## remove .venv and everything the tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def test_documents_of_two_models(run, tmp_path, workplace):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     numbers = {(row["model"], row["measure"], row["length"]): row for row in results["results"]}
     for name in ("sft", "ebft", "ebft - sft"):
-        for measure in ("feature_matching_loss", "feature_matching_floor", "feature_matching_excess"):
+        for measure in (f"feature_matching_{part}" for part in ("loss", "shared", "floor", "excess")):
             assert {length for model, m, length in numbers if (model, m) == (name, measure)} == {1, 2, 4}
         for measure in ("entropy/rollout", "entropy/reference", "cross_entropy/reference"):
             assert {length for model, m, length in numbers if (model, m) == (name, measure)} == {1, 2, 3, 4}
@@ -107,6 +107,18 @@ def test_other_settings_are_not_mixed(run):
     assert status == 2 and "other settings (seed 0 -> 1)" in printed.err
 
 
+def test_another_state_of_a_model_is_not_mixed(run, workplace, tmp_path):
+    """Records are of the files they were made from, config.json among them."""
+    shutil.copytree(workplace / "sft", workplace / "changed")
+    words = ("--model_name_or_path", "changed", "--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
+    assert run(*words)[0] == 0
+    (tmp_path / "out" / "results.json").unlink()
+    config = json.loads((workplace / "changed" / "config.json").read_text())
+    (workplace / "changed" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    status, printed = run(*words)
+    assert status == 2 and "other settings (files of the model)" in printed.err
+
+
 def test_raw_text_and_lengths_that_fit(run, tmp_path):
     with pytest.warns(UserWarning, match="half of the documents have no room"):
         status, printed = run("--dataset_name", "text.jsonl", "--metrics", "feature_matching", "--plots", "false")
@@ -150,6 +162,16 @@ def test_code_and_translation(run, tmp_path):
         (("--dataset_name", "qa.jsonl", "--dtype", "int8"), "dtype='int8'"),
         (("--code_benchmark", "problems.jsonl", "--pass_at_k", "4"), "pass_at_k=4 is larger than"),
         (("--code_benchmark", "qa.jsonl"), "qa.jsonl"),
+        (("--code_benchmark", "problems.jsonl", "problems.jsonl"), "two are called alike"),
+        (("--code_benchmark", "problems.jsonl", "--max_new_tokens", "0"), "max_new_tokens=0"),
+        (("--code_benchmark", "problems.jsonl", "--max_new_tokens", "999"), "exceed the model's 256 positions"),
+        (
+            ("--code_benchmark", "problems.jsonl", "--num_samples", "2", "--code_temperature", "0"),
+            "code_temperature=0.0 must be above 0",
+        ),
+        (("--dataset_name", "qa.jsonl", "--device", "cuda"), "device='cuda'"),
+        (("--dataset_name", "qa.jsonl", "--device", "abacus"), "device='abacus' is unknown"),
+        (("--dataset_name", "qa.jsonl", "--seed", "-1"), "seed=-1"),
         (("--translation", "pairs.jsonl", "--translation_direction", "de-fr"), "fr"),
         (("--translation", "pairs.jsonl", "--translation_template", "say {word}"), "translation_template"),
     ],

@@ -2,17 +2,24 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 
-from ebft import FeatureNetwork
+from ebft import BlockLayout, FeatureNetwork
 from ebft.data import tokenize_documents
 from ebft.evaluation import DocumentMean, cross_entropy, feature_matching_curve
 from ebft.evaluation.batches import batches_of
 from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_eos
-from ebft.evaluation.documents import DocumentSettings, measure_documents, prompt_groups, reference_variance
+from ebft.evaluation.documents import (
+    DocumentSettings,
+    measure_documents,
+    prompt_groups,
+    random_contexts,
+    reference_variance,
+)
 from ebft.evaluation.feature_curve import contexts
 from ebft.evaluation.records import RecordFile
 from ebft.evaluation.summary import means_of, summarise
@@ -64,12 +71,12 @@ def test_token_statistics_are_those_of_a_plain_forward(documents, family):
 def test_measures_are_those_of_their_own_functions(models, documents):
     """The one pass over all measures gives what each function gives by itself, with the same noise."""
     model, phi = models
-    found = measured(model, phi, documents)
+    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "contexts_per_document": 1}))
     text = cross_entropy(model, documents)
     for name in ("all", "answer"):
         torch.testing.assert_close(found[f"cross_entropy/{name}"].sums, text[name].sums, rtol=0, atol=1e-5)
         assert torch.equal(found[f"cross_entropy/{name}"].counts, text[name].counts)
-    options = dict(num_generations=3, contexts_per_document=2, context_length=3)
+    options = dict(num_generations=3, contexts_per_document=1, context_length=3)
     curve = feature_matching_curve(model, FeatureNetwork(phi), documents, (1, 2, 4), **options).by_document()
     kept = found["feature_matching_loss"].counts > 0
     assert kept.tolist() == [True, True, True, False]
@@ -96,7 +103,7 @@ def test_calibration_token_by_token(models, documents):
     found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "measures": ("calibration",)}))
     assert set(found) == {"entropy/rollout", "entropy/reference", "cross_entropy/reference"}
     (batch,) = batches_of(documents, 8, "cpu")
-    layout = contexts(batch, 2, 3, 4)
+    layout = random_contexts(batch, SETTINGS)
     noise = sampling_uniforms(layout, batch["document_ids"], 3, seed=0, purpose=EVALUATION, step=0)
     tokens = sample_rollouts(model, batch["input_ids"], layout, 3, uniforms=noise).tokens
     for i, row in enumerate(documents):
@@ -111,6 +118,49 @@ def test_calibration_token_by_token(models, documents):
             sums[2] += torch.nn.functional.cross_entropy(logits, ids[anchor : anchor + 4], reduction="none").double()
         for value, name in zip(sums, ("entropy/rollout", "entropy/reference", "cross_entropy/reference"), strict=True):
             torch.testing.assert_close(found[name].sums[i], value, rtol=0, atol=2e-5)
+
+
+def test_contexts_are_drawn_without_a_look_at_the_end(documents):
+    """The first place, and random ones of which none has the document's last token in its reference."""
+    (batch,) = batches_of(documents, 8, "cpu")
+    drawn: list[list[int]] = [[] for _ in documents]
+    for seed in range(250):
+        layout = random_contexts(batch, DocumentSettings(**{**vars(SETTINGS), "seed": seed}))
+        for row, valid in enumerate(layout.valid):
+            places = layout.anchors[row][valid].tolist()
+            drawn[row] += places[1:]
+            assert places[:1] == ([3] if len(documents[row]["input_ids"]) >= 7 else [])
+    lengths = [len(row["input_ids"]) for row in documents]
+    assert [sorted(set(places)) for places in drawn] == [[*range(4, n - 4)] if n > 8 else [] for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def own_text():
+    """A model and raw text that it wrote, each document up to a rare EOS."""
+    model, eos = tiny_model(seed=4, scale=6.0), 7
+    start = torch.randint(3, 61, (300, 1), generator=torch.Generator().manual_seed(1))
+    layout = BlockLayout(2, 1, 1, 1)
+    layout = replace(layout, completion_length=40)
+    texts = sample_rollouts(model, start.expand(-1, 2).contiguous(), layout, 1, generator=torch.Generator()).tokens
+    rows = [
+        [*first, *until_eos(text, eos)] for first, text in zip(start.tolist(), texts[:, 0, 0].tolist(), strict=True)
+    ]
+    rows = [[*row, eos] if len(row) < 41 else row for row in rows]
+    return model, [
+        {"input_ids": row, "completion_mask": [1] * len(row), "loss_mask": [1] * len(row), "document_id": i}
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_a_model_is_calibrated_on_text_of_its_own(own_text):
+    """At every place of a completion its cross-entropy on the text is the entropy of what it writes there."""
+    model, rows = own_text
+    settings = DocumentSettings(("calibration",), (1, 4), contexts_per_document=4, context_length=2, batch_size=64)
+    found = measured(model, model, rows, settings)
+    difference = (found["cross_entropy/reference"] - found["entropy/rollout"]).estimate()
+    standard_error = (difference.high - difference.low) / (2 * 1.96)
+    assert (standard_error < 0.05).all(), "the test could not see a difference"
+    assert (difference.mean.abs() < 4 * standard_error).all(), difference
 
 
 # --- several references of one prompt ---

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ebft.evaluation.generation import GenerationSettings, check_room, complete
 from tiny import byte_bpe_tokenizer
@@ -63,6 +64,20 @@ def test_samples_do_not_depend_on_what_is_done(model, tokenizer):
     assert len(set(whole[0])) > 1
 
 
+def test_nothing_of_the_checkpoints_generation_settings_is_taken(model, tokenizer):
+    """A repetition penalty or beams would make "greedy" something else than the model; its EOS ids are kept."""
+    prompts, settings = [tokenizer(text)["input_ids"] for text in TEXTS], GenerationSettings(max_new_tokens=7)
+    plain, before = completed(model, tokenizer, settings, prompts), model.generation_config
+    first = int(model(torch.tensor([prompts[0]])).logits[0, -1].argmax())
+    try:
+        model.generation_config = GenerationConfig(repetition_penalty=5.0, num_beams=3, min_new_tokens=7)
+        assert completed(model, tokenizer, settings, prompts) == plain
+        model.generation_config = GenerationConfig(eos_token_id=[first])
+        assert len(completed(model, tokenizer, settings, prompts)[0][0]) == len(tokenizer.decode([first]))
+    finally:
+        model.generation_config = before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -81,6 +96,6 @@ def test_settings_refuse(change, message):
 def test_prompts_that_do_not_fit_are_named(model):
     positions = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=f"task/2: its prompt of 9 tokens .* exceed the model's {positions}"):
-        check_room([[1], [2] * 9], ["task/1", "task/2"], model, positions - 5)
+        check_room([[1], [2] * 9], ["task/1", "task/2"], model.config, positions - 5)
     with pytest.raises(ValueError, match="task/1: the prompt has no tokens"):
-        check_room([[]], ["task/1"], model, 4)
+        check_room([[]], ["task/1"], model.config, 4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import BlockLayout, completion_spans, document_spans
 
-SAMPLING, SUBSET, OFFSET, EVALUATION = range(4)  # purposes
+SAMPLING, SUBSET, OFFSET, EVALUATION, CONTEXTS = range(5)  # purposes
 
 
 def document_rng(seed: int, purpose: int, step: int, document_id: int) -> np.random.Generator:

@@ -8,8 +8,8 @@ usage: ebft evaluate --model_name_or_path MODEL [MODEL ...] --dataset_name DATA 
 
 Measures models side by side: the same documents and prompts, the same noise, one frozen feature network (the first
 model's unless --feature_model_name_or_path names another). MODEL is a name on the Hugging Face Hub or a folder; DATA
-is what `ebft train` takes. Every number comes with a 95 % bootstrap interval over documents or problems, and every
-pair of models with its paired difference. An interrupted command goes on where it stopped when it is given again.
+is what `ebft train` takes. Every number comes with a 95 % interval, and on documents and code every pair of models
+with its paired difference. An interrupted command goes on where it stopped when it is given again.
 
 On documents (--metrics, by default all four):
   cross_entropy     nats per token and perplexity, over all tokens and over answer tokens
@@ -22,7 +22,7 @@ On tasks:
   --code_benchmark FILE ...   HumanEval, HumanEval+, MBPP, MBPP+, MultiPL-E, or JSON lines of `prompt` and `tests`;
                               generated code runs in a sandbox (docs/sandbox.md)
   --pass_at_k 1 4 16 --num_samples 16   unbiased pass@k of sampled completions, beside the greedy one
-  --translation FILE          BLEU and chrF (sacrebleu); --best_of N: also the best of N samples
+  --translation FILE          BLEU and chrF (sacrebleu); --best_of N: also the best of N
   --tasks NAME ...            tasks of lm-evaluation-harness (needs lm-eval)
 
 examples:

@@ -166,14 +166,14 @@ def _check(files: list[Path], builder: str, limit: int | None) -> None:
     if builder == "json":
         rows = _check_json(files, limit)
     else:
-        lines = (line for file in files for _, line in islice(_numbered_lines(file), limit))
+        lines = (line for file in files for _, line in islice(numbered_lines(file), limit))
         rows = sum(1 for line in lines if builder == "text" or line.strip())
         rows -= len(files) if builder == "csv" else 0  # the headers
     if rows <= 0:
         raise ValueError(f"{', '.join(map(str, files[:3]))}: no rows in {len(files)} file(s): add some")
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a text file with their numbers, from 1.
 
     Raises:
@@ -199,7 +199,7 @@ def _check_json(files: Iterable[Path], limit: int | None) -> int:
     first: tuple[str, set[str]] | None = None
     count = 0
     for file in files:
-        for place, row in islice(_json_rows(file), limit):
+        for place, row in islice(json_rows(file), limit):
             if not isinstance(row, dict):
                 raise ValueError(f'{place}: {type(row).__name__} where a row such as {{"text": "..."}} is expected')
             columns = FORMAT_COLUMNS & row.keys()
@@ -225,12 +225,12 @@ def _check_types(row: dict[str, Any], place: str) -> None:
             raise ValueError(f"{place}: `{column}` is {kind}: make it {wanted}, or remove the row")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows of a file with JSON lines, or with one list of objects, each with its place for a message."""
-    lines = ((number, line.rstrip()) for number, line in _numbered_lines(path) if line.strip())
+    lines = ((number, line.rstrip()) for number, line in numbered_lines(path) if line.strip())
     for count, (number, line) in enumerate(lines):
         if count == 0 and line.lstrip().startswith("["):
-            text = "".join(line for _, line in _numbered_lines(path))
+            text = "".join(line for _, line in numbered_lines(path))
             yield from ((f"{path}, row {index}", row) for index, row in enumerate(_parse(text, path, 1, "")))
             return
         yield f"{path}, line {number}", _parse(line, path, number, "; a file holds one object per line")

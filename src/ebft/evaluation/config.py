@@ -53,7 +53,7 @@ class EvaluationConfig:
     code_benchmark_config: str | None = _setting(None, "Hub configuration of the code benchmarks.")
     pass_at_k: list[int] = _setting([1], "k of pass@k; above 1, also of so many sampled completions.")
     num_samples: int = _setting(1, "Sampled completions per problem; 1 leaves sampling out (greedy only).")
-    code_temperature: float = _setting(0.6, "Of the sampled completions.")
+    code_temperature: float = _setting(0.6, "Of the sampled completions and translations.")
     max_new_tokens: int = _setting(512, "Longest completion of a problem or segment, in tokens.")
     generation_batch_size: int = _setting(64, "Completions at a time.")
     time_limit: float = _setting(10.0, "Seconds a program may run.")
@@ -61,7 +61,7 @@ class EvaluationConfig:
     translation: str | None = _setting(None, "Segments to translate: a file or a Hub name.")
     translation_direction: str | None = _setting(None, "Such as de-en, where the data has both ways.")
     translation_template: str = _setting(TEMPLATE, "Prompt of a segment.")
-    best_of: int = _setting(1, "Also the best of so many sampled translations (by sentence BLEU).")
+    best_of: int = _setting(1, "Also the best of so many translations, greedy and sampled (sentence BLEU).")
     tasks: list[str] = _setting([], "Tasks of lm-evaluation-harness.")
     tasks_limit: int | None = _setting(None, "Only so many examples of each task.")
     plots: bool = _setting(True, "Draw plots as PNG and SVG.")
@@ -70,8 +70,10 @@ class EvaluationConfig:
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: missing; give one model or several.")
         names = self.names
-        if len(set(names)) < len(names):
-            raise ValueError(f"model_name_or_path={self.model_name_or_path}: two are called alike; rename a folder.")
+        for field_name in ("model_name_or_path", "code_benchmark"):
+            short = [name.replace("/", "_") for name in short_names(getattr(self, field_name))]
+            if len(set(short)) < len(short):
+                raise ValueError(f"{field_name}={getattr(self, field_name)}: two are called alike; rename one.")
         if not (self.dataset_name or self.code_benchmark or self.translation or self.tasks):
             raise ValueError(
                 "dataset_name, code_benchmark, translation, tasks: all are missing; say what to measure on."
@@ -84,10 +86,16 @@ class EvaluationConfig:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if self.best_of < 1:
             raise ValueError(f"best_of={self.best_of} must be at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0.")
         if self.code_benchmark:
             check_k(self.pass_at_k, self.num_samples)
-        self.document_settings((1,))  # refuses what is out of range
-        self.output_dir = self.output_dir or str(Path("runs") / f"evaluation-{'-'.join(names)}")
+        # These refuse what is out of range.
+        self.document_settings((1,))
+        self.greedy()
+        if max(self.num_samples, self.best_of) > 1:
+            self.sampled(max(self.num_samples, self.best_of))
+        self.output_dir = self.output_dir or str(Path("runs") / f"evaluation-{'-'.join(names).replace('/', '_')}")
 
     @property
     def names(self) -> list[str]:
@@ -99,11 +107,16 @@ class EvaluationConfig:
         options = {f.name: getattr(self, f.name) for f in fields(DocumentSettings) if hasattr(self, f.name)}
         return DocumentSettings(**options | {"measures": tuple(self.metrics), "lengths": tuple(lengths)})
 
-    def generation(self, samples: int) -> GenerationSettings:
-        """Of tasks: greedy, or so many sampled completions."""
-        temperature = self.code_temperature if samples > 1 else 0.0
+    def greedy(self) -> GenerationSettings:
+        """One completion of each prompt, the likeliest token by token."""
+        return GenerationSettings(1, self.max_new_tokens, batch_size=self.generation_batch_size, seed=self.seed)
+
+    def sampled(self, count: int) -> GenerationSettings:
+        """So many sampled completions of each prompt."""
+        if self.code_temperature <= 0:
+            raise ValueError(f"code_temperature={self.code_temperature} must be above 0: samples would be all alike.")
         size = self.generation_batch_size
-        return GenerationSettings(samples, self.max_new_tokens, temperature, batch_size=size, seed=self.seed)
+        return GenerationSettings(count, self.max_new_tokens, self.code_temperature, batch_size=size, seed=self.seed)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -41,7 +41,7 @@ class DocumentSettings:
         measures: Of `MEASURES`.
         lengths: Completion lengths of the feature-matching loss, in tokens, ascending.
         num_generations: N, rollouts per context.
-        contexts_per_document: At most so many, spread evenly; see `feature_curve.contexts`.
+        contexts_per_document: At most so many; see `random_contexts`.
         context_length: Shortest prefix of a context, in tokens.
         temperature: Of the rollouts, and of their entropy.
         seed: Of the rollouts.
@@ -148,7 +148,7 @@ def _measure_batch(
         sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
     first: tuple[Tensor, Tensor] | None = None
     if settings.samples:
-        layout = contexts(batch, settings.contexts_per_document, settings.context_length, max(settings.lengths))
+        layout = random_contexts(batch, settings)
         rollouts = _rollouts(model, batch, layout, settings)
         if "calibration" in measures and text is not None:
             sums |= _calibration(text, rollouts, layout)
@@ -166,6 +166,25 @@ def _measure_batch(
         for row in _behind_prompt(batch, layout).nonzero().flatten().tolist():
             records[row]["behind_prompt"] = tuple(x[row] for x in first)
     return records
+
+
+def random_contexts(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
+    """Contexts of each row: the first place where the longest length fits, and others drawn at random behind it.
+
+    Never at a fixed distance from the document's end: the last tokens of such references would be the document's
+    last words and its EOS, and no draws from what follows the context. The place whose reference ends with the
+    document is left out for the same reason, unless it is the only one.
+    """
+    everywhere = contexts(batch, batch["input_ids"].shape[1], settings.context_length, max(settings.lengths))
+    if not everywhere.num_blocks:
+        return everywhere
+    keep = torch.zeros_like(everywhere.valid)
+    ids = batch["document_ids"][:, 0].tolist()
+    for row, (count, document_id) in enumerate(zip(everywhere.valid.sum(-1).tolist(), ids, strict=True)):
+        rng = noise.document_rng(settings.seed, noise.CONTEXTS, 0, document_id)
+        others = 1 + rng.permutation(max(count - 2, 0))[: settings.contexts_per_document - 1]
+        keep[row, torch.tensor([0, *others])] = count > 0
+    return everywhere.select(keep)
 
 
 def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:
@@ -251,6 +270,7 @@ def _of_group(records: list[Record], document_id: int) -> Record:
         losses, features = (torch.stack(x, dim=1) for x in zip(*behind_prompt, strict=True))  # [L, M], [L, M, D]
         floor = reference_variance(features)
         whole["feature_matching_floor"] = [floor, 1.0]
+        whole["feature_matching_shared"] = [losses.mean(-1), 1.0]
         whole["feature_matching_excess"] = [losses.mean(-1) - floor, 1.0]
     as_lists = {name: [value.tolist(), count] for name, (value, count) in whole.items()}
     return {"id": document_id, **as_lists}

@@ -4,11 +4,12 @@ On a GPU the cache is static, which saves its growing; on a CPU it grows, so tha
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..forward import evaluation_mode
 from .code_benchmarks import cut
@@ -49,13 +50,15 @@ class GenerationSettings:
             raise ValueError(f"num_samples={self.num_samples} at temperature 0 are all alike: use 1, or sample.")
 
 
-def check_room(prompts: Sequence[Sequence[int]], names: Sequence[str], model: nn.Module, max_new_tokens: int) -> None:
+def check_room(
+    prompts: Sequence[Sequence[int]], names: Sequence[str], config: PreTrainedConfig, max_new_tokens: int
+) -> None:
     """Refuse prompts that with their completions exceed the model's positions.
 
     Raises:
         ValueError: Names the first such prompt.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator]
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for prompt, name in zip(prompts, names, strict=True):
         if not prompt:
             raise ValueError(f"{name}: the prompt has no tokens.")
@@ -122,25 +125,38 @@ def _complete_batch(
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     rows = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts.values()]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
-    sampling = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     if settings.temperature:
-        sampling = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
-    found = model.generate(
-        torch.tensor(rows, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=settings.max_new_tokens,
-        num_return_sequences=settings.num_samples,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        cache_implementation="static" if device.type == "cuda" else None,
-        **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}),
-        **sampling,
-    )
+        options = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
+    if device.type == "cuda":
+        options["cache_implementation"] = "static"
+    with _own_generation_config(model, tokenizer, pad):
+        found = model.generate(
+            torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=settings.max_new_tokens,
+            num_return_sequences=settings.num_samples,
+            **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}),
+            **options,
+        )
     new, n = found[:, length:].tolist(), settings.num_samples
     return {
         i: [cut(_behind(tokenizer, prompt, tokens), stop) for tokens in new[row * n : row * n + n]]
         for row, (i, prompt) in enumerate(prompts.items())
     }
+
+
+@contextmanager
+def _own_generation_config(model: Any, tokenizer: Any, pad: int) -> Iterator[None]:
+    """Of the checkpoint's own generation settings only its EOS ids: a repetition penalty, say, is not the model."""
+    before = model.generation_config
+    theirs = before.eos_token_id if isinstance(before.eos_token_id, list) else [before.eos_token_id]
+    ends = sorted({i for i in (*theirs, tokenizer.eos_token_id) if i is not None})
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _behind(tokenizer, prompt: Sequence[int], tokens: list[int]) -> str:

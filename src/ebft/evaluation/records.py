@@ -27,14 +27,7 @@ class RecordFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             return
-        before = json.loads(whole[0])
-        changed = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        if changed:
-            text = ", ".join(f"{key} {before.get(key)!r} -> {settings.get(key)!r}" for key in sorted(changed))
-            raise ValueError(
-                f"output_dir='{path.parent.parent}' holds results of other settings ({text}): choose another folder, "
-                "or delete it."
-            )
+        check_same(json.loads(whole[0]), settings, path.parent.parent)
         if len(whole) < len(lines):
             path.write_bytes(b"".join(whole))
         for record in map(json.loads, whole[1:]):
@@ -48,3 +41,23 @@ class RecordFile:
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         self.records |= {record["id"]: record for record in records}
+
+
+def check_same(before: Record, now: Record, folder: Path) -> None:
+    """Refuse to mix results of different settings in one folder.
+
+    Raises:
+        ValueError: Names what changed.
+    """
+    changed = sorted(key for key in {**before, **now} if before.get(key) != now.get(key))
+    if not changed:
+        return
+    hashes = {
+        "data": "the documents, problems or segments",
+        "state": "files of the model",
+        "phi": "the feature network",
+    }
+    text = ", ".join(hashes.get(key, f"{key} {before.get(key)!r} -> {now.get(key)!r}") for key in changed)
+    raise ValueError(
+        f"output_dir='{folder}' holds results of other settings ({text}): choose another folder, or delete it."
+    )

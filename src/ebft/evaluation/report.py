@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .records import check_same
 from .summary import Row
 
 RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
-FLOOR = "feature_matching_floor"
+FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
+NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "generation_batch_size", "device")
 
 
-def require_matplotlib() -> None:
-    """Fail before the work, not after it.
+def check_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that holds the results of another evaluation: they would be overwritten.
 
     Raises:
-        ValueError: matplotlib, an optional extra, is not installed.
+        ValueError: Names the settings that differ.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'ebft[plot]', or leave them out with --plots false")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir='{folder}' is a file: name a folder.")
+    if (folder / RESULTS).exists():
+        before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
+        now = json.loads(json.dumps(config))
+        old, new = ({k: v for k, v in x.items() if k not in NOT_OF_THE_RESULTS} for x in (before, now))
+        check_same(old, new, folder)
 
 
 def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
@@ -34,7 +40,8 @@ def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     text = json.dumps({**about, "results": list(rows)}, indent=1)
     (folder / RESULTS).write_text(text, encoding="utf-8")
     with open(folder / NUMBERS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "measure", "length", "mean", "low", "high", "units"])
+        columns = ["model", "measure", "length", "mean", "low", "high", "units"]
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -61,7 +68,8 @@ def label(row: Row) -> str:
 
 
 def _cell(row: Row) -> Text:
-    interval = f"[{row['low']:.4g}, {row['high']:.4g}]"
+    # The bootstrap of a single document or problem has no width and would look exact.
+    interval = f"[{row['low']:.4g}, {row['high']:.4g}]" if row.get("units") != 1 else "of one"
     return Text.assemble(f"{row['mean']:.4g}\n", (interval, "dim"))
 
 
@@ -103,10 +111,14 @@ def _band(axis: Any, rows: list[Row], name: str, color: str, **style: Any) -> No
 
 
 def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
-    """Feature-matching loss of each model, with the floor where there is one, and differences from the first."""
-    measure = "feature_matching_loss"
-    if not any(row["measure"] == measure for row in rows):
+    """Feature-matching loss of each model, and differences from the first.
+
+    Where prompts have several references it is the loss behind those prompts, which alone has the drawn floor.
+    """
+    found = {row["measure"] for row in rows}
+    if "feature_matching_loss" not in found:
         return None
+    measure = SHARED if SHARED in found else "feature_matching_loss"
     several = len(names) > 1
     figure, axes = plt.subplots(1, 2 if several else 1, figsize=(11 if several else 6, 4), layout="constrained")
     left = axes[0] if several else axes
@@ -115,7 +127,8 @@ def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
         if several and i:
             _band(axes[1], _of(rows, f"{name} - {names[0]}", measure), f"{name} - {names[0]}", f"C{i}", marker="o")
     _band(left, _of(rows, names[0], FLOOR), "variance of the references", "black", linestyle="--")
-    left.set_title("Held-out feature-matching loss")
+    where = ", prompts with several references" if measure == SHARED else ""
+    left.set_title(f"Held-out feature-matching loss{where}")
     if several:
         axes[1].set_title("The same, paired difference")
         axes[1].axhline(0, color="black", linewidth=0.8)

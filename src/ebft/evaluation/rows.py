@@ -35,9 +35,9 @@ def read_rows(name: str, split: str, config: str | None, field: str) -> list[tup
     path = Path(name).expanduser()
     suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if path.is_file() and suffix in ("jsonl", "json"):
-        from ebft.data.loading import _json_rows
+        from ebft.data.loading import json_rows
 
-        rows = list(_json_rows(path))
+        rows = list(json_rows(path))
     elif path.is_file() and suffix == "parquet":
         rows = list(_parquet_rows(path))
     elif path.is_file():

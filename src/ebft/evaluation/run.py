@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM
 
 from .. import models as loading
+from .._compat import revision_of
 from ..data import load_documents, tokenize_documents
 from ..features import FeatureNetwork
 from ..support import check_config, check_same_vocabulary
@@ -55,9 +57,16 @@ class _Evaluation:
     def __init__(self, config: EvaluationConfig, console: Console):
         self.config, self.console = config, console
         self.folder = Path(config.output_dir)
-        if config.plots:
-            report.require_matplotlib()
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        report.check_folder(self.folder, asdict(config))
+        for wanted, package, extra in (
+            (config.plots, "matplotlib", "plot"),
+            (config.translation, "sacrebleu", "translation"),
+            (config.tasks, "lm_eval", "lm-eval"),
+        ):
+            if wanted and find_spec(package) is None:
+                raise ValueError(f"{package} is needed for this and not installed: pip install 'ebft[{extra}]'")
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
         first = config.model_name_or_path[0]
         self.configs = [loading.load_config(name) for name in config.model_name_or_path]
         self.tokenizer = loading.load_tokenizer(first)
@@ -74,6 +83,10 @@ class _Evaluation:
         if config.translation:
             check_template(config.translation_template)
             self.segments = load_translations(config.translation, direction=config.translation_direction)
+        self.prompts: list[str] = []
+        if self.segments:
+            self.prompts = [translation_prompt(segment, config.translation_template) for segment in self.segments]
+        self._check_room()
         self.sandbox: Any = self._sandbox() if self.problems else None
         self.translations: dict[str, list[list[str]]] = {}
 
@@ -100,6 +113,16 @@ class _Evaluation:
                 )
         lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
         self.settings = config.document_settings(lengths)
+
+    def _check_room(self) -> None:
+        """Refuse prompts that some model has no positions for."""
+        asked = [(problem.id, problem.prompt) for problems in self.problems.values() for problem in problems]
+        asked += [(f"segment {i}", prompt) for i, prompt in enumerate(self.prompts)]
+        for found, path in zip(self.configs, self.config.model_name_or_path, strict=True):
+            if asked:
+                names, texts = zip(*asked, strict=True)
+                tokens = prompt_tokens(loading.load_tokenizer(path), texts)
+                check_room(tokens, names, found, self.config.max_new_tokens)
 
     def _sandbox(self) -> Any:
         from ..sandbox import Limits, Sandbox
@@ -131,20 +154,14 @@ class _Evaluation:
         return network
 
     def _load(self, path: str) -> Any:
-        dtype = self.config.dtype
-        if dtype == "auto":
-            half = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-            dtype = "bfloat16" if half else "float32"
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
         return model.to(self.device).eval()
 
     def _measure(self, name: str, path: str, network: FeatureNetwork | None) -> dict[str, DocumentMean]:
         """Everything of one model that is a mean over documents or problems."""
         model = self._load(path) if self.documents or self.problems or self.segments else None
         tokenizer = loading.load_tokenizer(path) if self.problems or self.segments else self.tokenizer
-        identity = {"model": path, "weights": _fingerprint(path), "dtype": self.config.dtype}
+        identity = {"model": path, "state": _fingerprint(path), "dtype": str(self.dtype).removeprefix("torch.")}
         means = {}
         if self.settings is not None:
             means |= means_of(self._measure_documents(name, model, network, identity))
@@ -170,36 +187,30 @@ class _Evaluation:
         return list(file.records.values())
 
     def _measure_code(self, name: str, model, tokenizer, benchmark: str, problems, identity: dict) -> list[dict]:
-        ks, samples, config = self.config.pass_at_k, self.config.num_samples, self.config
-        prompts = prompt_tokens(tokenizer, [problem.prompt for problem in problems])
-        check_room(prompts, [problem.id for problem in problems], model, config.max_new_tokens)
-        records: list[dict] = []
-        for kind, n in {"greedy": 1, "sampled": samples}.items():
-            if kind == "sampled" and samples == 1:
-                continue
-            settings = config.generation(n)
-            about = identity | asdict(settings) | {"time_limit": config.time_limit}
+        config, records = self.config, []
+        runs = {"greedy": (config.greedy(), [1])}
+        if config.num_samples > 1:
+            runs["sampled"] = config.sampled(config.num_samples), config.pass_at_k
+        for kind, (settings, ks) in runs.items():
+            about = identity | asdict(settings) | {"time_limit": config.time_limit, "sandbox": self.sandbox.layer}
             file = self._records(name, f"{benchmark}-{kind}", about, [asdict(problem) for problem in problems])
             with self._progress(f"{name}: {benchmark}, {kind}", len(problems)) as advance:
                 run_code(model, tokenizer, problems, self.sandbox, settings, file, advance)
-            found = pass_records(list(file.records.values()), [1] if kind == "greedy" else ks, f"{benchmark}/{kind}")
-            records += found
+            records += pass_records(list(file.records.values()), ks, f"{benchmark}/{kind}")
         return records
 
     def _translate(self, name: str, model, tokenizer, identity: dict) -> list[list[str]]:
-        """Of each segment the greedy translation, then the sampled ones."""
-        config, template = self.config, self.config.translation_template
-        prompts = prompt_tokens(tokenizer, [translation_prompt(segment, template) for segment in self.segments])
-        check_room(prompts, [f"segment {i}" for i in range(len(prompts))], model, config.max_new_tokens)
+        """Of each segment the greedy translation, then the sampled ones: together `best_of`."""
+        config = self.config
+        runs = {"greedy": config.greedy()}
+        if config.best_of > 1:
+            runs["sampled"] = config.sampled(config.best_of - 1)
         found: list[list[str]] = [[] for _ in self.segments]
-        for kind, n in {"greedy": 1, "sampled": config.best_of}.items():
-            if kind == "sampled" and n == 1:
-                continue
-            settings = config.generation(n)
-            about = identity | asdict(settings) | {"template": template}
-            file = self._records(name, f"translation-{kind}", about, [asdict(s) for s in self.segments])
+        for kind, settings in runs.items():
+            about = identity | asdict(settings)
+            file = self._records(name, f"translation-{kind}", about, self.prompts)
             with self._progress(f"{name}: translation, {kind}", len(self.segments)) as advance:
-                run_translation(model, tokenizer, self.segments, template, settings, file, advance)
+                run_translation(model, tokenizer, self.prompts, settings, file, advance)
             for i, texts in enumerate(found):
                 texts += file.records[i]["hypotheses"]
         return found
@@ -218,9 +229,10 @@ class _Evaluation:
                     self.console.print(f"{score.metric}: {score.signature}", highlight=False, style="dim")
                 measure = f"{score.direction}/{score.metric} ({score.hypotheses})"
                 low, high = score.mean - score.half_width, score.mean + score.half_width
+                units = sum(segment.direction == score.direction for segment in self.segments)
                 rows.append(
                     dict(model=name, measure=measure, length=None, mean=score.score, low=low, high=high)
-                    | {"units": len(self.segments), "signature": score.signature}
+                    | {"units": units, "signature": score.signature}
                 )
         return rows
 
@@ -231,7 +243,10 @@ class _Evaluation:
 
         rows: list[Row] = []
         for name, path in zip(self.config.names, self.config.model_name_or_path, strict=True):
-            options: Any = dict(limit=self.config.tasks_limit, device=str(self.device), seed=self.config.seed)
+            dtype = str(self.dtype).removeprefix("torch.")
+            options: Any = dict(
+                limit=self.config.tasks_limit, device=str(self.device), seed=self.config.seed, dtype=dtype
+            )
             for score in run_tasks(path, self.config.tasks, **options):
                 spread = 1.96 * score.stderr if score.stderr is not None else 0.0
                 low, high, measure = score.value - spread, score.value + spread, f"{score.task}/{score.metric}"
@@ -242,7 +257,7 @@ class _Evaluation:
         if self.settings is None:
             return {}
         lengths, positions = self.settings.lengths, range(1, max(self.settings.lengths) + 1)
-        curves: Any = ("feature_matching_loss", "feature_matching_floor", "feature_matching_excess")
+        curves: Any = [f"feature_matching_{name}" for name in ("loss", "shared", "floor", "excess")]
         return {**dict.fromkeys(curves, lengths), **dict.fromkeys(BY_POSITION, positions)}
 
     def _report(self, rows: list[Row], network: FeatureNetwork | None) -> None:
@@ -253,7 +268,7 @@ class _Evaluation:
         }
         if network is not None:
             about["feature_network"] = loading.describe_feature_network(network)
-        report.save(self.folder, [{k: v for k, v in row.items() if k != "signature"} for row in rows], about)
+        report.save(self.folder, rows, about)
         report.show(self.console, rows, names, "Means and 95 % intervals over documents or problems")
         pairs = list(dict.fromkeys(row["model"] for row in rows if row["model"] not in names))
         if pairs:
@@ -312,8 +327,31 @@ def _room(document: dict, context_length: int) -> int:
     return longest
 
 
-def _fingerprint(path: str) -> str:
-    """What tells one state of a local model folder from another: names, sizes and times of its weights' files."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _fingerprint(path: str) -> Any:
+    """What tells one state of a model from another: a Hub model's commit, or names, sizes and times of its files."""
+    if not Path(path).is_dir():
+        return revision_of(loading.load_config(path))
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(path).iterdir())]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is unknown: use cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: this machine, or this build of torch, has no CUDA device; use cpu.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)

@@ -7,7 +7,7 @@ from .code_benchmarks import Problem
 from .generation import GenerationSettings, complete
 from .pass_at_k import pass_at_k
 from .records import Record, RecordFile
-from .translation import STOP, Segment, translation_prompt
+from .translation import STOP
 
 if TYPE_CHECKING:
     from ..sandbox import Sandbox
@@ -68,17 +68,15 @@ def pass_records(records: Sequence[Record], ks: Sequence[int], name: str) -> lis
 def run_translation(
     model: Any,
     tokenizer: Any,
-    segments: Sequence[Segment],
-    template: str,
+    prompts: Sequence[str],
     settings: GenerationSettings,
     file: RecordFile,
     advance: Progress,
 ) -> None:
-    """Translate; a record per segment, `id` its number: `hypotheses`."""
-    prompts = prompt_tokens(tokenizer, [translation_prompt(segment, template) for segment in segments])
-    done = [i in file for i in range(len(segments))]
+    """Translate; a record per prompt, `id` its number: `hypotheses`."""
+    tokens, done = prompt_tokens(tokenizer, prompts), [i in file for i in range(len(prompts))]
     advance(sum(done))
-    for found in complete(model, tokenizer, prompts, settings, [STOP] * len(segments), done):
+    for found in complete(model, tokenizer, tokens, settings, [STOP] * len(prompts), done):
         records = [
             {"id": i, "hypotheses": [text.strip() for text in texts]} for i, texts in found.items() if not done[i]
         ]

@@ -293,9 +293,9 @@ def _of_pair(pair: Row, place: str, direction: str | None) -> Segment:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    from ebft.data.loading import _numbered_lines
+    from ebft.data.loading import numbered_lines
 
-    for number, line in _numbered_lines(path):
+    for number, line in numbered_lines(path):
         columns = line.rstrip("\r\n").split("\t")
         if columns == [""]:
             continue

@@ -152,6 +152,8 @@ def test_interrupt_says_how_to_continue(checkpoint, workplace, processes):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        # A shell's background jobs, this test perhaps among them, start with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and last_complete_checkpoint("runs/tiny-my") is None:
         time.sleep(0.1)

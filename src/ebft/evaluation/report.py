@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .records import check_same
-from .summary import Row
+from .summary import BY_POSITION, Row
 
 RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
@@ -64,7 +64,9 @@ def show(console: Console, rows: Sequence[Row], names: Sequence[str], title: str
 def label(row: Row) -> str:
     """What a number is, in words."""
     name = row["measure"].replace("/", ", ").replace("_", " ")
-    return name if row["length"] is None else f"{name}, {row['length']} tokens"
+    if row["length"] is None:
+        return name
+    return f"{name}, token {row['length']}" if row["measure"] in BY_POSITION else f"{name}, length {row['length']}"
 
 
 def _cell(row: Row) -> Text:

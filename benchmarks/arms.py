@@ -24,7 +24,7 @@ from ebft.forward import causal_lm
 from ebft.logprobs import LogProbs, document_and_block_loss
 from ebft.losses import cross_entropy, mixed_loss, policy_loss
 from ebft.rewards import feature_matching_rewards
-from ebft.rollout import Rollouts, sample_and_sum, sample_rollouts
+from ebft.rollout import Rollouts, sample_and_sum, sample_blocks
 
 RL_COEF, CE_COEF = 1.0, 0.03
 LEARNING_RATE = 1e-6
@@ -259,12 +259,11 @@ class Ours(Scheme):
         self.network = FeatureNetwork(self.bench.feature_model, FEATURE_LAYERS, self.workload.pooling)
 
     def sample(self, input_ids: Tensor, uniforms: Tensor) -> Tensor:
-        """See `ebft.rollout`."""
+        """See `ebft.rollout`. Tokens alone, as the baseline; the trainer also takes their entropy, for its metrics."""
         w = self.workload
-        rollouts = sample_rollouts(
+        return sample_blocks(
             self.bench.policy, input_ids, self.layout, w.num_generations, temperature=w.temperature, uniforms=uniforms
         )
-        return rollouts.tokens
 
     def embed(self, input_ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `ebft.features`."""

@@ -10,8 +10,9 @@ import torch
 
 from ebft.cli import main
 from ebft.data import load_documents, tokenize_documents
-from ebft.evaluation import cross_entropy
+from ebft.evaluation import DocumentSettings, document_means
 from sandboxes import works
+from stand_ins import comet_stand_in, own_task
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
@@ -72,9 +73,10 @@ def test_documents_of_two_models(run, tmp_path, workplace):
     assert len(results["feature_network"]["sha256"]) == 64
 
     tokenizer = byte_bpe_tokenizer()
-    rows = tokenize_documents(load_documents(str(workplace / "qa.jsonl")), tokenizer, max_length=64)
+    rows = list(tokenize_documents(load_documents(str(workplace / "qa.jsonl")), tokenizer, max_length=64))
     model = tiny_model(seed=1, scale=3.0, vocab_size=len(tokenizer), dtype=torch.float32)
-    expected = cross_entropy(model, rows)["answer"].estimate().mean.item()
+    alone = document_means(model, None, rows, DocumentSettings(("cross_entropy",)))["cross_entropy/answer"]
+    expected = alone.estimate().mean.item()
     assert numbers["ebft", "cross_entropy/answer", None]["mean"] == pytest.approx(expected, abs=1e-5)
 
     with open(tmp_path / "out" / "results.csv", newline="") as file:
@@ -144,6 +146,10 @@ def test_code_and_translation(run, tmp_path):
     assert 0 <= numbers["sft", "de-en/BLEU (first)"] <= 100
     records = (tmp_path / "out" / "records" / "sft-problems.jsonl-sampled.jsonl").read_text().splitlines()
     assert len(json.loads(records[1])["samples"]) == 3 == len(json.loads(records[1])["verdicts"])
+    pairs = {row["measure"]: row for row in results if row["model"] == "ebft - sft"}
+    row = pairs["de-en/chrF (first)"]
+    assert row["mean"] == pytest.approx(numbers["ebft", row["measure"]] - numbers["sft", row["measure"]])
+    assert 0 < row["p_value"] <= 1 and "p = " in printed.out
     shutil.rmtree(tmp_path / "out" / "plots")
     assert run(*tasks, *options)[0] == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
@@ -174,6 +180,7 @@ def test_code_and_translation(run, tmp_path):
         (("--dataset_name", "qa.jsonl", "--seed", "-1"), "seed=-1"),
         (("--translation", "pairs.jsonl", "--translation_direction", "de-fr"), "fr"),
         (("--translation", "pairs.jsonl", "--translation_template", "say {word}"), "translation_template"),
+        (("--dataset_name", "qa.jsonl", "--comet"), "comet: it scores translations; give --translation"),
     ],
 )
 def test_what_it_refuses(run, tmp_path, words, message):
@@ -181,6 +188,42 @@ def test_what_it_refuses(run, tmp_path, words, message):
     assert status == 2
     assert message in printed.err, printed.err
     assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
+
+
+def test_comet_is_scored_once_and_compared(run, tmp_path, monkeypatch):
+    """A small package of our own stands where COMET would be, in a Python of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    words = ("--translation", "pairs.jsonl", "--translation_direction", "de-en", "--max_new_tokens", "4", "--comet")
+    status, printed = run(*words)
+    assert status == 2 and "comet: it has no environment at" in printed.err and "make it once with" in printed.err
+    environment = comet_stand_in(tmp_path / "ebft" / "comet")
+    words += ("--comet_model", "known")
+    status, printed = run(*words)
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    numbers = {row["model"]: row for row in results if row["measure"] == "de-en/COMET (first)"}
+    assert numbers.keys() == {"sft", "ebft", "ebft - sft"}
+    assert (numbers["sft"]["mean"], numbers["sft"]["units"]) == (len("der Hund"), 3)
+    shutil.rmtree(environment)
+    (tmp_path / "ebft" / "comet" / "bin").mkdir(parents=True)
+    (tmp_path / "ebft" / "comet" / "bin" / "python").touch()  # it would fail if it were run again
+    assert run(*words)[0] == 0
+
+
+def test_tasks_of_the_harness(run, workplace, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra `lm-eval`)")
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    task = own_task(workplace)
+    status, printed = run("--tasks", str(task))
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    numbers = {row["model"]: row for row in results if row["measure"] == "ours/acc"}
+    assert numbers.keys() == {"sft", "ebft", "ebft - sft"} and numbers["sft"]["units"] == 3
+    assert run("--tasks", str(task))[0] == 0
+    status, printed = run("--tasks", "nosuch", output="other")
+    assert status == 2 and "does not know ['nosuch']" in printed.err
 
 
 def test_models_with_different_tokenizers(run, workplace):

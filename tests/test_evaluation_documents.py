@@ -10,19 +10,13 @@ from datasets import Dataset
 
 from ebft import BlockLayout, FeatureNetwork
 from ebft.data import tokenize_documents
-from ebft.evaluation import DocumentMean, cross_entropy, feature_matching_curve
+from ebft.evaluation import DocumentMean, DocumentSettings, document_means
 from ebft.evaluation.batches import batches_of
+from ebft.evaluation.contexts import all_contexts
 from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_eos
-from ebft.evaluation.documents import (
-    DocumentSettings,
-    measure_documents,
-    prompt_groups,
-    random_contexts,
-    reference_variance,
-)
-from ebft.evaluation.feature_curve import contexts
+from ebft.evaluation.document_measures import prompt_groups, reference_variance
 from ebft.evaluation.records import RecordFile
-from ebft.evaluation.summary import means_of, summarise
+from ebft.evaluation.summary import summarise
 from ebft.evaluation.token_statistics import token_statistics
 from ebft.noise import EVALUATION, sampling_uniforms
 from ebft.rollout import sample_rollouts
@@ -48,9 +42,7 @@ def documents():
 
 
 def measured(model, phi, documents, settings=SETTINGS, tokenizer=None):
-    network = FeatureNetwork(phi)
-    batches = measure_documents(model, network, prompt_groups(documents), settings, tokenizer)
-    return means_of(record for records in batches for record in records)
+    return document_means(model, FeatureNetwork(phi), documents, settings, tokenizer)
 
 
 @torch.no_grad()
@@ -68,28 +60,20 @@ def test_token_statistics_are_those_of_a_plain_forward(documents, family):
         torch.testing.assert_close(found.entropy[i, :n], entropy, rtol=0, atol=1e-5)
 
 
-def test_measures_are_those_of_their_own_functions(models, documents):
-    """The one pass over all measures gives what each function gives by itself, with the same noise."""
+def test_measures_in_one_pass_are_those_of_a_pass_each(models, documents):
     model, phi = models
-    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "contexts_per_document": 1}))
-    text = cross_entropy(model, documents)
-    for name in ("all", "answer"):
-        torch.testing.assert_close(found[f"cross_entropy/{name}"].sums, text[name].sums, rtol=0, atol=1e-5)
-        assert torch.equal(found[f"cross_entropy/{name}"].counts, text[name].counts)
-    options = dict(num_generations=3, contexts_per_document=1, context_length=3)
-    curve = feature_matching_curve(model, FeatureNetwork(phi), documents, (1, 2, 4), **options).by_document()
-    kept = found["feature_matching_loss"].counts > 0
-    assert kept.tolist() == [True, True, True, False]
-    torch.testing.assert_close(found["feature_matching_loss"].sums[kept], curve.sums, rtol=0, atol=1e-6)
-    assert torch.equal(found["feature_matching_loss"].counts[kept], curve.counts)
-    assert "feature_matching_floor" not in found, "no two documents share a prompt"
+    together = measured(model, phi, documents)
+    apart = [measured(model, phi, documents, replace(SETTINGS, measures=(name,))) for name in SETTINGS.measures]
+    assert set(together) == {name for found in apart for name in found}
+    for name, value in ((name, value) for found in apart for name, value in found.items()):
+        torch.testing.assert_close(together[name].sums, value.sums, rtol=0, atol=1e-6)
+        assert torch.equal(together[name].counts, value.counts)
+    assert "feature_matching_floor" not in together, "no two documents share a prompt"
 
 
 def test_measures_do_not_depend_on_batches(models, documents):
     model, phi = models
-    one, other = (
-        measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "batch_size": size})) for size in (1, 4)
-    )
+    one, other = (measured(model, phi, documents, replace(SETTINGS, batch_size=size)) for size in (1, 4))
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name].sums, other[name].sums, rtol=0, atol=1e-5)
@@ -100,10 +84,10 @@ def test_measures_do_not_depend_on_batches(models, documents):
 def test_calibration_token_by_token(models, documents):
     """Entropies of a rollout's steps and of the text, from one plain forward per context and rollout."""
     model, phi = models
-    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), "measures": ("calibration",)}))
+    found = measured(model, phi, documents, replace(SETTINGS, measures=("calibration",)))
     assert set(found) == {"entropy/rollout", "entropy/reference", "cross_entropy/reference"}
     (batch,) = batches_of(documents, 8, "cpu")
-    layout = random_contexts(batch, SETTINGS)
+    layout = SETTINGS.contexts(batch)
     noise = sampling_uniforms(layout, batch["document_ids"], 3, seed=0, purpose=EVALUATION, step=0)
     tokens = sample_rollouts(model, batch["input_ids"], layout, 3, uniforms=noise).tokens
     for i, row in enumerate(documents):
@@ -125,7 +109,7 @@ def test_contexts_are_drawn_without_a_look_at_the_end(documents):
     (batch,) = batches_of(documents, 8, "cpu")
     drawn: list[list[int]] = [[] for _ in documents]
     for seed in range(250):
-        layout = random_contexts(batch, DocumentSettings(**{**vars(SETTINGS), "seed": seed}))
+        layout = replace(SETTINGS, seed=seed).contexts(batch)
         for row, valid in enumerate(layout.valid):
             places = layout.anchors[row][valid].tolist()
             drawn[row] += places[1:]
@@ -202,7 +186,7 @@ def own_rollouts():
         60,
         "cpu",
     )
-    layout = contexts(batch, 1, 3, G)
+    layout = all_contexts(batch, 3, G)
     tokens = sample_rollouts(model, batch["input_ids"], layout, n, generator=generator).tokens[:, 0]
     rows = [
         {"input_ids": [*prompt, *rollout], "completion_mask": [0] * 5 + [1] * G, "loss_mask": [1] * 9}
@@ -216,7 +200,7 @@ def test_model_against_its_own_rollouts(own_rollouts):
     """L_CFM is then the variance of the references, not 0, and L_FM, what is above it, is 0 within its interval."""
     model, rows = own_rollouts
     options = dict(measures=("feature_matching",), contexts_per_document=1, batch_size=64, num_generations=4)
-    settings = DocumentSettings(**{**vars(SETTINGS), **options})
+    settings = replace(SETTINGS, **options)
     found = measured(model, tiny_model(seed=5, scale=3.0), rows, settings)
     assert found["feature_matching_floor"].counts.tolist() == [1.0] * 60
     floor, loss, excess = (found[f"feature_matching_{name}"].estimate() for name in ("floor", "loss", "excess"))
@@ -253,7 +237,7 @@ def test_diversity_of_documents(models, documents):
     """Equal rollouts at a temperature near 0; the texts' self-BLEU needs a tokenizer."""
     model, phi = models
     options = dict(measures=("diversity",), temperature=1e-4)
-    found = measured(model, phi, documents, DocumentSettings(**{**vars(SETTINGS), **options}))
+    found = measured(model, phi, documents, replace(SETTINGS, **options))
     assert found["duplicate_rate"].estimate().mean.item() == pytest.approx(2 / 3)
     assert found["duplicate_rate"].counts.tolist() == [2, 2, 2, 0]
     assert found["distinct_1"].estimate().mean.item() <= 1 / 3 + 1e-9

@@ -1,31 +1,14 @@
 """Tasks of lm-evaluation-harness on a saved checkpoint; the run itself only where the harness is installed."""
 
 import importlib.util
-import json
 import math
 
 import pytest
 
 from ebft.evaluation.harness import TaskScore, run_tasks, scores_of
+from stand_ins import TASK_ROWS, own_task
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
-
-TASK = """
-task: ours
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
 
 
 def test_every_metric_with_its_error():
@@ -37,13 +20,27 @@ def test_every_metric_with_its_error():
             "exact_match,flexible-extract": 0.5,
             "exact_match_stderr,flexible-extract": "N/A",
         },
-        "words": {"alias": " - words", "acc,none": 1, "acc_stderr,none": math.nan, "sample_len": 12},
+        "words": {"alias": " - words", "acc,none": 0.5, "acc_stderr,none": math.nan, "sample_len": 12},
+        "text": {"perplexity,none": 12.5, "bleu,none": 3.0},
     }
-    assert scores_of(results) == [
-        TaskScore("gsm", "exact_match,strict-match", 0.25, 0.1),
-        TaskScore("gsm", "exact_match,flexible-extract", 0.5, None),
-        TaskScore("words", "acc", 1.0, None),
+    gsm = [
+        {"doc_id": i, "filter": name, "exact_match": float(i in right)}
+        for name, right in (("strict-match", (2,)), ("flexible-extract", (1, 2)))
+        for i in (3, 1, 0, 2)
     ]
+    samples = {
+        "gsm": gsm,
+        "words": [{"doc_id": i, "filter": "none", "acc": i == 1} for i in range(2)],
+        "text": [{"doc_id": 0, "filter": "none", "perplexity": 2.0, "bleu": ("a", "b")}],
+    }
+    assert scores_of(results, samples) == [
+        TaskScore("gsm", "exact_match,strict-match", 0.25, 0.1, [0, 0, 1, 0]),
+        TaskScore("gsm", "exact_match,flexible-extract", 0.5, None, [0, 1, 1, 0]),
+        TaskScore("words", "acc", 0.5, None, [0, 1]),
+        TaskScore("text", "perplexity", 12.5, None, None),
+        TaskScore("text", "bleu", 3.0, None, None),
+    ]
+    assert scores_of(results, {})[0].values is None, "a group has no examples of its own"
 
 
 def test_no_tasks():
@@ -68,17 +65,16 @@ def test_a_task_of_our_own(tmp_path, monkeypatch):
     model = tiny_model(vocab_size=len(tokenizer), scale=3.0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    rows = [{"context": f"the {word}", "choices": [" dog", " fox"], "label": 0} for word in ("quick", "lazy", "brown")]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    (tmp_path / "ours.yaml").write_text(TASK.format(data=tmp_path / "rows.json"))
+    own_task(tmp_path)
 
     def log_prob(context, choice):
         start, ids = len(tokenizer(context).input_ids), torch.tensor([tokenizer(context + choice).input_ids])
         logs = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
         return logs[start - 1 :].sum().item()
 
-    right = [log_prob(row["context"], " dog") > log_prob(row["context"], " fox") for row in rows]
+    right = [log_prob(row["context"], " dog") > log_prob(row["context"], " fox") for row in TASK_ROWS]
     (score,) = run_tasks(tmp_path / "model", ["ours"], include_path=tmp_path, batch_size=2, device="cpu")
     assert (score.task, score.metric, score.value) == ("ours", "acc", pytest.approx(sum(right) / 3))
+    assert score.values == right
     with pytest.raises(ValueError, match=r"does not know \['nosuch'\]"):
         run_tasks(tmp_path / "model", ["nosuch"], include_path=tmp_path)

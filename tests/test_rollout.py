@@ -32,6 +32,15 @@ def test_greedy_is_generate_on_the_prefix_alone(family):
     assert len(tokens[LAYOUT.valid].unique()) > 5, "a model that always says the same proves nothing"
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.7}])
+def test_tokens_alone_are_those_with_their_statistics(options):
+    model = tiny_model(scale=3.0)
+    rollouts = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, generator=seeded(), **options)
+    assert torch.equal(sample_blocks(model, INPUT_IDS, LAYOUT, 2, generator=seeded(), **options), rollouts.tokens)
+    alone = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, generator=seeded(), statistics=False, **options)
+    assert not alone.log_probs.any() and not alone.entropy.any() and alone.entropy.shape == alone.tokens.shape
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_log_probs_and_entropy_of_sampling(family):
     """Those of the update on the same tokens, and of plain runs."""

@@ -19,6 +19,7 @@ from ebft.evaluation.translation import (
     translation_prompt,
     translation_scores,
 )
+from stand_ins import comet_stand_in
 
 ROWS = [{"translation": {"de": "Ein Hund.", "en": "A dog."}}, {"translation": {"de": "Zwei.", "en": "Two."}}]
 SEGMENTS = [Segment("Ein Hund.", ("A dog.",), "de-en"), Segment("Zwei.", ("Two.",), "de-en")]
@@ -233,25 +234,6 @@ def test_without_sacrebleu_the_message_says_how_to_get_it(monkeypatch):
 
 # --- COMET: another Python, in which a small package of our own stands where COMET would be ---
 
-STAND_IN = """
-import types
-
-def download_model(name):
-    if name != "known":
-        raise KeyError(f"Model '{name}' not supported by COMET.")
-    return "checkpoint"
-
-class Model:
-    def predict(self, data, batch_size, gpus):
-        print("what a progress bar prints", batch_size, gpus)
-        scores = [len(row["src"]) + (row["mt"] == row["ref"]) / 2 for row in data]
-        return types.SimpleNamespace(scores=scores[:-1] if batch_size == 99 else scores)
-
-def load_from_checkpoint(path):
-    assert path == "checkpoint"
-    return Model()
-"""
-
 
 @pytest.fixture(scope="module")
 def bare_environment(tmp_path_factory):
@@ -262,11 +244,7 @@ def bare_environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comet") / "environment"
-    venv.create(folder, with_pip=False)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "comet.py").write_text(STAND_IN)
-    return folder
+    return comet_stand_in(tmp_path_factory.mktemp("comet") / "environment")
 
 
 def test_comet_scores_come_back_in_order(environment):
@@ -283,7 +261,7 @@ def test_comet_is_not_shadowed_by_our_own_file(environment, monkeypatch):
 
 def test_comet_errors_say_what_to_do(environment, bare_environment, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"no environment at .*comet: make it once with `python -m ebft\.eval"):
+    with pytest.raises(ValueError, match=r"no environment at .*comet: make it once with `python -m ebft\.eval"):
         comet.comet_scores(SEGMENTS, ["", ""])
     with pytest.raises(RuntimeError, match=r"(?s)if it is not whole, make it once.*unbabel-comet cannot be imported"):
         comet.comet_scores(SEGMENTS, ["", ""], folder=bare_environment)

@@ -4,19 +4,17 @@
 """
 
 from .config import EvaluationConfig
-from .cross_entropy import cross_entropy
-from .feature_curve import FeatureCurve, feature_matching_curve
+from .document_measures import DocumentSettings, document_means
 from .intervals import DocumentMean, Estimate
 from .pass_at_k import pass_at_k
 from .run import evaluate
 
 __all__ = [
     "DocumentMean",
+    "DocumentSettings",
     "Estimate",
     "EvaluationConfig",
-    "FeatureCurve",
-    "cross_entropy",
+    "document_means",
     "evaluate",
-    "feature_matching_curve",
     "pass_at_k",
 ]

@@ -45,6 +45,19 @@ def make_environment(folder: Path | None = None, python: str = sys.executable) -
     return folder
 
 
+def check_environment(folder: Path | None = None) -> Path:
+    """The environment's Python.
+
+    Raises:
+        ValueError: There is no such environment.
+    """
+    folder = folder or environment_folder()
+    python = _python_of(folder)
+    if not python.exists():
+        raise ValueError(f"comet: it has no environment at {folder}: {_HOW}.")
+    return python
+
+
 def comet_scores(
     segments: Sequence[Segment],
     hypotheses: Sequence[str],
@@ -65,15 +78,13 @@ def comet_scores(
         gpus: How many to use.
 
     Raises:
-        ValueError: The numbers do not match.
-        RuntimeError: There is no such environment, or COMET fails in it; with its last lines.
+        ValueError: The numbers do not match, or there is no such environment.
+        RuntimeError: COMET fails in it; with its last lines.
     """
     if len(segments) != len(hypotheses):
         raise ValueError(f"hypotheses: {len(hypotheses)} for {len(segments)} segments; give one for each.")
     folder = folder or environment_folder()
-    python = _python_of(folder)
-    if not python.exists():
-        raise RuntimeError(f"COMET has no environment at {folder}: {_HOW}.")
+    python = check_environment(folder)
     pairs = zip(segments, hypotheses, strict=True)
     rows = [{"src": segment.source, "mt": text, "ref": segment.references[0]} for segment, text in pairs]
     lines = [json.dumps(row) for row in ({"model": model, "batch_size": batch_size, "gpus": gpus}, *rows)]

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .documents import MEASURES, DocumentSettings
+from .comet import MODEL
+from .document_measures import MEASURES, DocumentSettings
 from .generation import GenerationSettings
 from .pass_at_k import check_k
 from .translation import TEMPLATE
@@ -51,6 +52,7 @@ class EvaluationConfig:
     feature_norm: str = _setting("joint", "joint, per_layer or none.")
     code_benchmark: list[str] = _setting([], "HumanEval, MBPP, MultiPL-E or own problems: files or Hub names.")
     code_benchmark_config: str | None = _setting(None, "Hub configuration of the code benchmarks.")
+    code_benchmark_split: str = _setting("test", "Their split, of the Hub or of MBPP's file.")
     pass_at_k: list[int] = _setting([1], "k of pass@k; above 1, also of so many sampled completions.")
     num_samples: int = _setting(1, "Sampled completions per problem; 1 leaves sampling out (greedy only).")
     code_temperature: float = _setting(0.6, "Of the sampled completions and translations.")
@@ -59,9 +61,13 @@ class EvaluationConfig:
     time_limit: float = _setting(10.0, "Seconds a program may run.")
     allow_weak_sandbox: bool = _setting(False, "Run generated code even where only resource limits protect.")
     translation: str | None = _setting(None, "Segments to translate: a file or a Hub name.")
+    translation_config: str | None = _setting(None, "Its configuration on the Hub.")
+    translation_split: str = _setting("test", "Its split on the Hub or in a folder.")
     translation_direction: str | None = _setting(None, "Such as de-en, where the data has both ways.")
     translation_template: str = _setting(TEMPLATE, "Prompt of a segment.")
     best_of: int = _setting(1, "Also the best of so many translations, greedy and sampled (sentence BLEU).")
+    comet: bool = _setting(False, "Also COMET; make its environment first: python -m ebft.evaluation.comet")
+    comet_model: str = _setting(MODEL, "COMET's checkpoint: a name it knows, or a file.")
     tasks: list[str] = _setting([], "Tasks of lm-evaluation-harness.")
     tasks_limit: int | None = _setting(None, "Only so many examples of each task.")
     plots: bool = _setting(True, "Draw plots as PNG and SVG.")
@@ -84,6 +90,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.comet and not self.translation:
+            raise ValueError("comet: it scores translations; give --translation.")
         if self.best_of < 1:
             raise ValueError(f"best_of={self.best_of} must be at least 1.")
         if self.seed < 0:

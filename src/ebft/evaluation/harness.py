@@ -14,12 +14,39 @@ class TaskScore(NamedTuple):
         metric: The harness' name of the metric; its filter behind a comma, if it has one ("exact_match,strict-match").
         value: The result.
         stderr: Its standard error; None where the harness has none.
+        values: Of each example, in the task's order, where `value` is their mean; else None.
     """
 
     task: str
     metric: str
     value: float
     stderr: float | None
+    values: list[float] | None = None
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """Refuse unknown tasks before any work.
+
+    Returns:
+        The harness's TaskManager.
+
+    Raises:
+        ValueError: There are no tasks, or the harness does not know one.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    if not tasks:
+        raise ValueError("tasks is empty: name at least one, such as hellaswag.")
+    try:
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("`tasks` need lm-evaluation-harness: pip install 'ebft[lm-eval]'") from error
+    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    unknown = [task for task in tasks if not Path(task).is_file() and not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(
+            f"tasks: lm-evaluation-harness does not know {unknown}: `lm-eval ls tasks` lists all it knows."
+        )
+    return manager
 
 
 def run_tasks(
@@ -58,20 +85,9 @@ def run_tasks(
         ValueError: There are no tasks, or the harness does not know one.
         ImportError: lm-evaluation-harness is not installed.
     """
-    if not tasks:
-        raise ValueError("tasks is empty: name at least one, such as hellaswag.")
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("`tasks` need lm-evaluation-harness: pip install 'ebft[lm-eval]'") from error
+    manager = check_tasks(tasks, include_path)
+    import lm_eval  # pyright: ignore[reportMissingImports]
 
-    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
-    unknown = [task for task in tasks if not Path(task).is_file() and not manager.match_tasks([task])]
-    if unknown:
-        raise ValueError(
-            f"tasks: lm-evaluation-harness does not know {unknown}: `lm-eval ls tasks` lists all it knows."
-        )
     results: Any = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model_path), "dtype": dtype, **(model_args or {})},
@@ -81,7 +97,7 @@ def run_tasks(
         batch_size=batch_size,
         device=device,
         task_manager=manager,
-        log_samples=False,
+        log_samples=True,
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
@@ -89,11 +105,16 @@ def run_tasks(
         confirm_run_unsafe_code=confirm_run_unsafe_code,
     )
     # None comes on all ranks but the first.
-    return scores_of(results["results"]) if results else []
+    return scores_of(results["results"], results["samples"]) if results else []
 
 
-def scores_of(results: Mapping[str, Mapping[str, Any]]) -> list[TaskScore]:
-    """Rows of the harness' `results`: task -> "metric,filter" -> value, with "metric_stderr,filter" beside it."""
+def scores_of(
+    results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[TaskScore]:
+    """Rows of the harness' `results`: task -> "metric,filter" -> value, with "metric_stderr,filter" beside it.
+
+    Its `samples` hold each example's own value of a metric, once per filter.
+    """
     rows = []
     for task, values in results.items():
         for key, value in values.items():
@@ -104,5 +125,16 @@ def scores_of(results: Mapping[str, Mapping[str, Any]]) -> list[TaskScore]:
             stderr = values.get(f"{metric}_stderr,{filtered}")
             if not isinstance(stderr, int | float) or not math.isfinite(stderr):
                 stderr = None  # the harness writes "N/A"
-            rows.append(TaskScore(task, name, float(value), stderr))
+            own = [sample for sample in samples.get(task, ()) if sample["filter"] == filtered]
+            rows.append(TaskScore(task, name, float(value), stderr, _values(own, metric, float(value))))
     return rows
+
+
+def _values(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -> list[float] | None:
+    """The metric of each example, if it is a number whose mean is the task's: not so of BLEU or perplexity."""
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    values = [sample.get(metric) for sample in ordered]
+    if not values or not all(isinstance(value, int | float) for value in values):
+        return None
+    numbers = [float(value) for value in values if value is not None]
+    return numbers if math.isclose(sum(numbers) / len(numbers), mean, abs_tol=1e-9) else None

@@ -40,7 +40,7 @@ def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     text = json.dumps({**about, "results": list(rows)}, indent=1)
     (folder / RESULTS).write_text(text, encoding="utf-8")
     with open(folder / NUMBERS, "w", newline="", encoding="utf-8") as file:
-        columns = ["model", "measure", "length", "mean", "low", "high", "units"]
+        columns = ["model", "measure", "length", "mean", "low", "high", "units", "p_value"]
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -70,9 +70,13 @@ def label(row: Row) -> str:
 
 
 def _cell(row: Row) -> Text:
-    # The bootstrap of a single document or problem has no width and would look exact.
-    interval = f"[{row['low']:.4g}, {row['high']:.4g}]" if row.get("units") != 1 else "of one"
-    return Text.assemble(f"{row['mean']:.4g}\n", (interval, "dim"))
+    """Mean, and below it the interval, or the p-value of a paired bootstrap."""
+    below = f"[{row['low']:.4g}, {row['high']:.4g}]" if row["low"] is not None else ""
+    if row.get("units") == 1:
+        below = "of one"  # the bootstrap of a single document or problem has no width and would look exact
+    if row.get("p_value") is not None:
+        below = f"p = {row['p_value']:.2g}"
+    return Text.assemble(f"{row['mean']:.4g}\n", (below, "dim"))
 
 
 def plot(folder: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Path]:
@@ -99,11 +103,12 @@ def plot(folder: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Path]:
     return made
 
 
-def _of(rows: Sequence[Row], name: str, measure: str) -> list[Row]:
+def rows_of(rows: Sequence[Row], name: str, measure: str) -> list[Row]:
+    """The numbers of one measure of one model, or pair."""
     return [row for row in rows if row["model"] == name and row["measure"] == measure]
 
 
-def _band(axis: Any, rows: list[Row], name: str, color: str, **style: Any) -> None:
+def band(axis: Any, rows: list[Row], name: str, color: str, **style: Any) -> None:
     """Means over length, with the intervals as a band."""
     if not rows:
         return
@@ -125,10 +130,10 @@ def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     figure, axes = plt.subplots(1, 2 if several else 1, figsize=(11 if several else 6, 4), layout="constrained")
     left = axes[0] if several else axes
     for i, name in enumerate(names):
-        _band(left, _of(rows, name, measure), name, f"C{i}", marker="o")
+        band(left, rows_of(rows, name, measure), name, f"C{i}", marker="o")
         if several and i:
-            _band(axes[1], _of(rows, f"{name} - {names[0]}", measure), f"{name} - {names[0]}", f"C{i}", marker="o")
-    _band(left, _of(rows, names[0], FLOOR), "variance of the references", "black", linestyle="--")
+            band(axes[1], rows_of(rows, f"{name} - {names[0]}", measure), f"{name} - {names[0]}", f"C{i}", marker="o")
+    band(left, rows_of(rows, names[0], FLOOR), "variance of the references", "black", linestyle="--")
     where = ", prompts with several references" if measure == SHARED else ""
     left.set_title(f"Held-out feature-matching loss{where}")
     if several:
@@ -136,9 +141,8 @@ def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
         axes[1].axhline(0, color="black", linewidth=0.8)
     lengths = sorted({row["length"] for row in rows if row["measure"] == measure})
     for axis in axes if several else [axes]:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        _finish(axis, "completion length, tokens")
+        length_axis(axis, lengths)
+        _finish(axis)
     return figure
 
 
@@ -156,9 +160,10 @@ def _calibration(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     }
     for axis, name in zip(axes[0], names, strict=True):
         for measure, (text, color, style) in lines.items():
-            _band(axis, _of(rows, name, measure), text, color, linestyle=style)
+            band(axis, rows_of(rows, name, measure), text, color, linestyle=style)
         axis.set_title(name)
-        _finish(axis, "token of the completion")
+        axis.set_xlabel("token of the completion")
+        _finish(axis)
     axes[0][0].set_ylabel("nats")
     return figure
 
@@ -175,8 +180,9 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     )
     for axis, measure in zip(axes.flat, measures, strict=False):
         for i, name in enumerate(names):
-            for row in _of(rows, name, measure):
-                spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+            for row in rows_of(rows, name, measure):
+                known = row["low"] is not None
+                spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]] if known else None
                 axis.errorbar([i], [row["mean"]], yerr=spread, fmt="o", color=f"C{i}", capsize=4)
         axis.set_title(label({"measure": measure, "length": None}), fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
@@ -187,7 +193,13 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     return figure
 
 
-def _finish(axis: Any, x_label: str) -> None:
-    axis.set_xlabel(x_label)
+def length_axis(axis: Any, lengths: Sequence[int]) -> None:
+    """Completion lengths along the x axis, each doubling as wide as the next."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.set_xlabel("completion length, tokens")
+
+
+def _finish(axis: Any) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -16,13 +16,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ..data import tokenize_documents
+from ..evaluation import DocumentSettings
+from ..evaluation.report import save
+from ..evaluation.report import show as show_numbers
+from ..evaluation.summary import summarise
 from ..features import FeatureNetwork
 from . import corpus, report
-from .measuring import continuations, measure, summarise
+from .measuring import continuations, measure
 from .training import EBFT, SFT, new_model, train
 
 MODELS = ("base", "sft", "ebft")
 HELD_OUT = "held_out.jsonl"
+SHOWN = ("cross_entropy/all", "feature_matching_loss")
 ARTIFACTS = (*MODELS, HELD_OUT, "results.json", "results.csv", "curves.png")
 
 
@@ -90,26 +95,27 @@ def run(folder: Path, sizes: Sizes, seed: int, learning_rate: float) -> None:
 
     console.rule("2. Training: base, then SFT and EBFT from it on the same new documents")
     first, more = documents.select(range(sizes.base_documents)), documents.select(range(sizes.base_documents, needed))
-    settings: dict[str, Any] = {"learning_rate": learning_rate, "gradient_accumulation_steps": 4, "seed": seed}
+    tuned: dict[str, Any] = {"learning_rate": learning_rate, "gradient_accumulation_steps": 4, "seed": seed}
     scratch = {"learning_rate": 3e-3, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "seed": seed}
     model = new_model(tokenizer, sizes.hidden_size, sizes.layers, seed)
     seconds = {
         "base": train(model, tokenizer, first, folder / "base", SFT, **scratch),
-        "sft": train(folder / "base", tokenizer, more, folder / "sft", SFT, **settings),
-        "ebft": train(folder / "base", tokenizer, more, folder / "ebft", EBFT, **settings),
+        "sft": train(folder / "base", tokenizer, more, folder / "sft", SFT, **tuned),
+        "ebft": train(folder / "base", tokenizer, more, folder / "ebft", EBFT, **tuned),
     }
 
     console.rule("3. Held-out measurements")
     models = {name: AutoModelForCausalLM.from_pretrained(folder / name) for name in MODELS}
     phi = FeatureNetwork(models["base"])  # one fixed feature network for all
     tests = list(tokenize_documents(held_out, tokenizer, max_length=length))
-    rows = summarise({n: measure(n, m, phi, tests, sizes.num_generations) for n, m in models.items()})
+    settings = DocumentSettings(("cross_entropy", "feature_matching"), num_generations=sizes.num_generations)
+    rows = summarise(measure(models, phi, tests, settings), settings.axes)
     written = continuations(models, tokenizer, tests[:2], temperature=0.6)
 
     console.rule("4. Results")
     about = {"sizes": asdict(sizes), "seed": seed, "learning_rate": learning_rate, "training_seconds": seconds}
     about["files"] = {"training": [*map(str, files)], "held_out": [*map(str, held_out_files)]}
-    report.save_results(folder, rows, **about, continuations=written)
+    save(folder, rows, {**about, "continuations": written})
     report.plot(folder, rows)
     show(console, folder, rows, written, seconds, sizes, len(tests))
 
@@ -119,9 +125,10 @@ def show(
 ) -> None:
     """Print everything, and what it does and does not say."""
     report.show_continuations(console, written)
-    report.show_numbers(console, rows, list(MODELS), f"{held_out} held-out documents, 95 % intervals")
-    pairs = [row["model"] for row in rows if " - " in row["model"] and row["measure"] == "cross_entropy"]
-    report.show_numbers(console, rows, pairs, "Paired differences (below 0: the first is better)")
+    rows = [row for row in rows if row["measure"] in SHOWN]
+    show_numbers(console, rows, list(MODELS), f"{held_out} held-out documents, 95 % intervals")
+    pairs = list(dict.fromkeys(row["model"] for row in rows if row["model"] not in MODELS))
+    show_numbers(console, rows, pairs, "Paired differences (below 0: the first is better)")
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(
         f"Training took: {times} ({sizes.base_documents} documents for base, {sizes.documents} more for each of the "

@@ -1,16 +1,14 @@
 """What is measured of each model on the held-out documents, and how it writes."""
 
 from collections.abc import Mapping
-from itertools import combinations
 from typing import Any
 
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks import BlockLayout
-from ..evaluation import DocumentMean, cross_entropy, feature_matching_curve
-from ..evaluation.feature_curve import LENGTHS
+from ..evaluation import DocumentMean, DocumentSettings, document_means
 from ..features import FeatureNetwork
 from ..rollout import sample_blocks
 
@@ -18,34 +16,17 @@ PROMPT_LENGTH, CONTINUATION_LENGTH = 48, 48  # tokens
 
 
 def measure(
-    name: str, model: PreTrainedModel, feature_network: FeatureNetwork, documents: list[Any], num_generations: int
-) -> dict[str, DocumentMean]:
-    """Cross-entropy [M] and feature-matching loss at each of `LENGTHS` [M, L]; equal noise for every model."""
-    curve = feature_matching_curve(
-        model,
-        feature_network,
-        track(documents, description=f"{name:>10} feature-matching loss"),
-        num_generations=num_generations,
-    )
-    entropy = cross_entropy(model, track(documents, description=f"{name:>10} cross-entropy        "))["all"]
-    return {"cross_entropy": entropy, "feature_matching_loss": curve.by_document()}
-
-
-def summarise(measured: dict[str, dict[str, DocumentMean]]) -> list[dict[str, Any]]:
-    """One row per model, or pair of models, and number: mean and 95 % interval over documents.
-
-    Pairs are differences on the same documents with the same noise, in which what the models share cancels.
-    """
-    parts = dict(measured)
-    for one, other in combinations(measured, 2):
-        parts[f"{other} - {one}"] = {key: measured[other][key] - measured[one][key] for key in measured[one]}
-    rows = []
-    for name, means in parts.items():
-        for measure, lengths in (("cross_entropy", (None,)), ("feature_matching_loss", LENGTHS)):
-            estimate = torch.stack(means[measure].estimate()).view(3, -1).T.tolist()
-            for length, (mean, low, high) in zip(lengths, estimate, strict=True):
-                rows.append(dict(model=name, measure=measure, length=length, mean=mean, low=low, high=high))
-    return rows
+    models: Mapping[str, PreTrainedModel], network: FeatureNetwork, documents: list[Any], settings: DocumentSettings
+) -> dict[str, dict[str, DocumentMean]]:
+    """Everything that `settings` names, of each model, with equal noise for all."""
+    measured = {}
+    with Progress() as progress:
+        for name, model in models.items():
+            task = progress.add_task(f"{name:>10}", total=len(documents))
+            measured[name] = document_means(
+                model, network, documents, settings, advance=lambda count, task=task: progress.advance(task, count)
+            )
+    return measured
 
 
 def continuations(

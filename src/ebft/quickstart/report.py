@@ -1,6 +1,5 @@
-"""The results as a table on the screen, as JSON and CSV, and as a plot."""
+"""Continuations as tables on the screen, and curves of measurements and trainings as a plot."""
 
-import csv
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..artifacts import METRICS
+from ..evaluation.report import band, length_axis, rows_of
 
 COLORS = {"base": "tab:gray", "sft": "tab:blue", "ebft": "tab:orange"}
 
@@ -24,39 +24,6 @@ def require_matplotlib() -> None:
     """
     if find_spec("matplotlib") is None:
         raise ValueError("the quickstart draws a plot and needs matplotlib: pip install 'ebft[plot]'")
-
-
-def save_results(folder: Path, rows: list[dict[str, Any]], **other: Any) -> None:
-    """Write results.json (everything) and results.csv (the numbers, a line each)."""
-    (folder / "results.json").write_text(json.dumps({**other, "results": rows}, indent=1), encoding="utf-8")
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def show_numbers(console: Console, rows: list[dict[str, Any]], names: list[str], title: str) -> None:
-    """A table with one column per model (or pair), one row per number, intervals below the means."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    cells: dict[str, list[Text]] = {}
-    for row in (row for name in names for row in rows if row["model"] == name):
-        cells.setdefault(label(row), []).append(cell(row))
-    for name, line in cells.items():
-        table.add_row(name, *line)
-    console.print(table)
-
-
-def label(row: dict[str, Any]) -> str:
-    """What a number is, in words."""
-    return "cross-entropy" if row["measure"] == "cross_entropy" else f"FM loss at {row['length']}"
-
-
-def cell(row: dict[str, Any]) -> Text:
-    """Mean, and the interval below it."""
-    return Text.assemble(f"{row['mean']:.4f}\n", (f"[{row['low']:.4f}, {row['high']:.4f}]", "dim"))
 
 
 def show_continuations(console: Console, continuations: list[dict[str, str]]) -> None:
@@ -79,12 +46,16 @@ def plot(folder: Path, rows: list[dict[str, Any]]) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    curves = [row for row in rows if row["measure"] == "feature_matching_loss"]
+    curves = {
+        model: rows_of(rows, model, "feature_matching_loss") for model in dict.fromkeys(r["model"] for r in rows)
+    }
     for name in ("base", "sft", "ebft"):
-        draw_curve(axes[0, 0], curves, name, COLORS[name])
+        band(axes[0, 0], curves[name], name, COLORS[name], marker=".")
     for name in ("sft", "ebft"):
-        draw_curve(axes[0, 1], curves, f"{name} - base", COLORS[name])
+        band(axes[0, 1], curves[f"{name} - base"], f"{name} - base", COLORS[name], marker=".")
         draw_training(axes[1, 0], folder, name, "ce_loss")
+    for axis in axes[0, :2]:
+        length_axis(axis, [row["length"] for row in curves["base"]])
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     draw_training(axes[0, 2], folder, "base", "ce_loss")
     draw_training(axes[1, 1], folder, "ebft", "feature_matching_loss")
@@ -105,17 +76,6 @@ def plot(folder: Path, rows: list[dict[str, Any]]) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def draw_curve(axis: Any, rows: list[dict[str, Any]], name: str, color: str) -> None:
-    """Means over the completion length, with the intervals as a band."""
-    rows = [row for row in rows if row["model"] == name]
-    lengths, mean, low, high = ([row[key] for row in rows] for key in ("length", "mean", "low", "high"))
-    axis.plot(lengths, mean, marker="o", markersize=3, label=name, color=color)
-    axis.fill_between(lengths, low, high, alpha=0.15, color=color, linewidth=0)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [str(length) for length in lengths])
-    axis.set_xlabel("completion length, tokens")
 
 
 def draw_training(axis: Any, folder: Path, name: str, metric: str) -> None:

@@ -1,6 +1,4 @@
-"""Evaluation on held-out documents against one context, one rollout and one length at a time."""
-
-import itertools
+"""Cross-entropy and feature-matching loss of documents, against one context, one rollout and one length at a time."""
 
 import numpy as np
 import pytest
@@ -10,16 +8,22 @@ from datasets import Dataset
 import oracles
 from ebft import BlockLayout, FeatureNetwork
 from ebft.data import tokenize_documents
-from ebft.evaluation import DocumentMean, FeatureCurve, cross_entropy, feature_matching_curve
+from ebft.evaluation import DocumentSettings, document_means
 from ebft.evaluation.batches import batches_of
-from ebft.evaluation.feature_curve import contexts, curve_values
+from ebft.evaluation.contexts import random_contexts
+from ebft.evaluation.document_measures import feature_matching_sums
 from ebft.noise import EVALUATION, sampling_uniforms
 from enumeration import COMPLETIONS, VOCAB
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
 LENGTHS = (1, 2, 4)
-SETTINGS = dict(num_generations=3, contexts_per_document=2, context_length=3)
+SETTINGS = dict(num_generations=3, contexts_per_document=3, context_length=3)
+CE = DocumentSettings(("cross_entropy",), batch_size=3)
+
+
+def loss_settings(**change):
+    return DocumentSettings(**{"measures": ("feature_matching",), "lengths": LENGTHS, **SETTINGS, **change})
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def documents():
     """Raw text of unequal lengths; the last is too short for a context."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(3, 61, (n,), generator=generator).tolist()} for n in (17, 30, 9, 5)]
-    return tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64)
+    return list(tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64))
 
 
 def prompts_and_completions():
@@ -41,14 +45,14 @@ def prompts_and_completions():
         {"prompt": "the dog", "completion": " sleeps; the"},
     ]
     tokenizer = byte_bpe_tokenizer()
-    return tokenizer, tokenize_documents(Dataset.from_list(rows), tokenizer, max_length=64)
+    return tokenizer, list(tokenize_documents(Dataset.from_list(rows), tokenizer, max_length=64))
 
 
 # --- cross-entropy ---
 
 
 def test_cross_entropy_of_each_document(models, documents):
-    measured = cross_entropy(models[0], documents, batch_size=3)["all"]
+    measured = document_means(models[0], None, documents, CE)["cross_entropy/all"]
     for row, total, count in zip(documents, measured.sums, measured.counts, strict=True):
         ids = torch.tensor([row["input_ids"]])
         logits = models[0](ids).logits[0, :-1]
@@ -60,19 +64,19 @@ def test_cross_entropy_of_each_document(models, documents):
 def test_cross_entropy_of_answers():
     tokenizer, rows = prompts_and_completions()
     model = tiny_model(vocab_size=len(tokenizer), scale=3.0)
-    measured = cross_entropy(model, rows)
+    measured = document_means(model, None, rows, CE)
     for i, row in enumerate(rows):
         ids = torch.tensor([row["input_ids"]])
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
         answer = torch.tensor(row["completion_mask"][1:]).bool()
-        assert measured["answer"].sums[i].item() == pytest.approx(losses[answer].sum().item(), abs=1e-5)
-        assert measured["all"].sums[i].item() == pytest.approx(losses.sum().item(), abs=1e-5)
-        assert measured["answer"].counts[i] == answer.sum() < measured["all"].counts[i]
+        assert measured["cross_entropy/answer"].sums[i].item() == pytest.approx(losses[answer].sum().item(), abs=1e-5)
+        assert measured["cross_entropy/all"].sums[i].item() == pytest.approx(losses.sum().item(), abs=1e-5)
+        assert measured["cross_entropy/answer"].counts[i] == answer.sum() < measured["cross_entropy/all"].counts[i]
 
 
-def test_cross_entropy_needs_documents(models):
+def test_documents_are_needed(models):
     with pytest.raises(ValueError, match="documents is empty"):
-        cross_entropy(models[0], [])
+        document_means(models[0], None, [], CE)
 
 
 # --- the curve, one by one ---
@@ -120,25 +124,37 @@ def curve_one_by_one(model, phi, row, anchors, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_curve_equals_one_by_one(models, documents, temperature):
+def test_losses_equal_one_by_one(models, documents, temperature):
     model, phi = models
-    curve = feature_matching_curve(
-        model, FeatureNetwork(phi), documents, LENGTHS, temperature=temperature, seed=5, batch_size=2, **SETTINGS
-    )
-    anchors = {0: [3, 13], 1: [3, 26], 2: [3, 5]}  # the first and the last place with 4 tokens to come
-    expected = torch.cat([curve_one_by_one(model, phi, documents[i], anchors[i], temperature) for i in anchors])
-    torch.testing.assert_close(curve.values, expected, rtol=0, atol=1e-5)
-    assert curve.documents.tolist() == [0, 0, 1, 1, 2, 2]
+    settings = loss_settings(temperature=temperature, seed=5, batch_size=2)
+    found = document_means(model, FeatureNetwork(phi), documents, settings)["feature_matching_loss"]
+    (batch,) = batches_of(documents, 8, "cpu")
+    layout = random_contexts(batch, 3, 3, max(LENGTHS), seed=5)
+    assert layout.valid.sum(-1).tolist() == [3, 3, 2, 0] == found.counts.tolist()
+    for i in range(3):
+        anchors = layout.anchors[i][layout.valid[i]].tolist()
+        expected = curve_one_by_one(model, phi, documents[i], anchors, temperature).sum(0)
+        torch.testing.assert_close(found.sums[i], expected, rtol=0, atol=2e-5)
 
 
-def test_curve_does_not_depend_on_batches_or_order(models, documents):
+def test_pooling_of_the_network_is_not_used_nor_changed(models, documents):
     model, phi = models
     network = FeatureNetwork(phi, pooling="mean_pooling")
-    one = feature_matching_curve(model, network, documents, LENGTHS, batch_size=1, **SETTINGS)
-    backwards = list(reversed(list(documents)))
-    other = feature_matching_curve(model, network, backwards, LENGTHS, batch_size=4, **SETTINGS).by_document()
-    torch.testing.assert_close(one.by_document().sums, other.sums, rtol=0, atol=1e-6)
+    one, other = (
+        document_means(model, some, documents, loss_settings())["feature_matching_loss"].sums
+        for some in (network, FeatureNetwork(phi))
+    )
+    assert torch.equal(one, other)
     assert network.pooling == "mean_pooling"
+
+
+def test_losses_do_not_depend_on_batches_or_order(models, documents):
+    model, phi = models
+    one, other = (
+        document_means(model, FeatureNetwork(phi), rows, loss_settings(batch_size=size))["feature_matching_loss"].sums
+        for rows, size in ((documents, 1), (documents[::-1], 4))
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -149,7 +165,9 @@ def test_mean_over_all_rollouts_is_the_loss():
     pairs = COMPLETIONS[oracles.groups(len(COMPLETIONS), 2)]  # [256, 2, G]: one row of a batch each
     rows = document.expand(len(pairs), -1)
     layout = BlockLayout.from_documents(torch.zeros_like(rows), stride=1, context_length=anchor, completion_length=2)
-    values = curve_values(FeatureNetwork(phi, pooling="token"), rows, pairs[:, None], layout, lengths)
+    found, _ = feature_matching_sums(FeatureNetwork(phi, pooling="token"), rows, pairs[:, None], layout, lengths)
+    values, counts = found["feature_matching_loss"]
+    assert counts.tolist() == [1] * len(pairs)
 
     runs = torch.cat([document[:anchor].expand(len(COMPLETIONS), -1), COMPLETIONS], 1)
     log_probs = policy(runs).logits[:, anchor - 1 : -1].log_softmax(-1).gather(-1, COMPLETIONS[..., None])
@@ -166,71 +184,10 @@ def test_contexts_of_completions_start_behind_the_prompt():
     _, rows = prompts_and_completions()
     (batch,) = batches_of(rows, 8, "cpu")
     for per_document in (1, 3):
-        layout = contexts(batch, per_document, context_length=1, completion_length=2)
+        layout = random_contexts(batch, per_document, 1, 2, seed=0)
         for row, mask in enumerate(batch["completion_mask"]):
             anchors = layout.anchors[row][layout.valid[row]].tolist()
             inside = mask.nonzero().flatten().tolist()
             assert anchors[0] == inside[0]
             assert len(anchors) == per_document
-            assert anchors[-1] + 2 <= inside[-1] + 1
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(lengths=()), r"lengths=\(\)"),
-        (dict(lengths=(0, 4)), r"lengths=\(0, 4\)"),
-        (dict(num_generations=1), "num_generations=1"),
-        (dict(lengths=(1, 64)), "none has room for 64 tokens"),
-    ],
-)
-def test_curve_refuses(models, documents, change, message):
-    model, phi = models
-    with pytest.raises(ValueError, match=message):
-        feature_matching_curve(model, FeatureNetwork(phi), documents, **{"lengths": LENGTHS, **SETTINGS, **change})
-
-
-# --- intervals ---
-
-
-def test_curve_mean_and_documents():
-    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]], dtype=torch.float64)
-    curve = FeatureCurve((1, 2), values, torch.tensor([4, 4, 7]))
-    assert curve.by_document().sums.tolist() == [[4.0, 6.0], [8.0, 9.0]]
-    assert curve.estimate().mean.tolist() == [4.0, 5.0]
-
-
-def test_interval_resamples_whole_documents():
-    """With three documents the bootstrap distribution is known: 27 equally likely draws."""
-    data = DocumentMean(torch.tensor([3.0, 10.0, 40.0]), torch.tensor([1.0, 2.0, 4.0]))
-    draws = list(itertools.product(range(3), repeat=3))
-    means = torch.tensor([data.sums[list(d)].sum() / data.counts[list(d)].sum() for d in draws]).double()
-    estimate = data.estimate(level=0.5, resamples=20_000)
-    assert estimate.mean.item() == pytest.approx(53 / 7)
-    # The quantiles of a discrete distribution: the sampled ones lie at or next to them.
-    for found, q in ((estimate.low, 0.25), (estimate.high, 0.75)):
-        assert means.quantile(q - 0.04) <= found <= means.quantile(q + 0.04)
-
-
-def test_interval_covers_the_mean_about_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(400, 60, generator=generator, dtype=torch.float64)
-    estimates = [DocumentMean(row, torch.ones(60)).estimate(resamples=400) for row in data]
-    covered = sum(bool(e.low <= 0 <= e.high) for e in estimates)
-    assert 0.90 * 400 <= covered <= 0.98 * 400  # four standard errors around .94
-
-
-def test_difference_is_paired():
-    """What two models share cancels: the interval of the difference is as narrow as the difference is constant."""
-    generator = torch.Generator().manual_seed(0)
-    shared, counts = torch.randn(50, generator=generator, dtype=torch.float64), torch.ones(50, dtype=torch.float64)
-    one, other = DocumentMean(shared + 0.25, counts), DocumentMean(shared, counts)
-    assert [x.item() for x in (one - other).estimate()] == pytest.approx([0.25] * 3)
-    assert (one.estimate().high - one.estimate().low) > 0.3
-    with pytest.raises(ValueError, match="same documents"):
-        _ = one - DocumentMean(shared, 2 * counts)
-
-
-def test_empty_mean_is_an_error():
-    with pytest.raises(ValueError, match="counts are all zero"):
-        DocumentMean(torch.zeros(2), torch.zeros(2)).estimate()
+            assert max(anchors) + 2 < inside[-1] + 1

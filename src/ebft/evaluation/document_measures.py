@@ -7,7 +7,7 @@ P document tokens, D features.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,15 @@ from ..metrics import cross_entropy_sums
 from ..rewards import feature_matching_loss
 from ..rollout import Rollouts, sample_rollouts
 from .batches import batches_of
+from .contexts import behind_prompt, random_contexts
 from .diversity import distinct, duplicate_rate, self_bleu, until_eos
-from .feature_curve import contexts
+from .intervals import DocumentMean
+from .summary import BY_POSITION, means_of
 from .token_statistics import token_statistics
 
 MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
 NGRAMS = (1, 2, 3, 4)
+LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # measure -> sums [B, ...] and counts [B], float64
 Record = dict[str, Any]  # of one document or group: measure -> [sums, count]; `id` is its first document's
@@ -41,7 +44,7 @@ class DocumentSettings:
         measures: Of `MEASURES`.
         lengths: Completion lengths of the feature-matching loss, in tokens, ascending.
         num_generations: N, rollouts per context.
-        contexts_per_document: At most so many; see `random_contexts`.
+        contexts_per_document: At most so many; see `contexts.random_contexts`.
         context_length: Shortest prefix of a context, in tokens.
         temperature: Of the rollouts, and of their entropy.
         seed: Of the rollouts.
@@ -52,7 +55,7 @@ class DocumentSettings:
     """
 
     measures: tuple[str, ...] = MEASURES
-    lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    lengths: tuple[int, ...] = LENGTHS
     num_generations: int = 8
     contexts_per_document: int = 4
     context_length: int = 8
@@ -78,6 +81,53 @@ class DocumentSettings:
     def samples(self) -> bool:
         """Whether any measure needs rollouts."""
         return bool({"feature_matching", "calibration", "diversity"} & set(self.measures))
+
+    def contexts(self, batch: dict[str, Tensor]) -> BlockLayout:
+        """Where the documents of a batch are continued."""
+        places = self.contexts_per_document, self.context_length, max(self.lengths)
+        return random_contexts(batch, *places, self.seed)
+
+    @property
+    def axes(self) -> dict[str, Sequence[int]]:
+        """Of each measure that is a curve, what its numbers belong to: lengths, or places in a completion."""
+        curves = [f"feature_matching_{name}" for name in ("loss", "shared", "floor", "excess")]
+        return {**dict.fromkeys(curves, self.lengths), **dict.fromkeys(BY_POSITION, range(1, max(self.lengths) + 1))}
+
+
+def document_means(
+    model: nn.Module,
+    network: FeatureNetwork | None,
+    documents: Sequence[Record],
+    settings: DocumentSettings,
+    tokenizer: Any = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> dict[str, DocumentMean]:
+    """Measure documents in one go.
+
+    Args:
+        model: As of `measure_documents`.
+        network: As there.
+        documents: Rows of `ebft.data.tokenize_documents`.
+        settings: As there.
+        tokenizer: As there.
+        advance: Told how many documents are done.
+
+    Returns:
+        Measure -> a sum (of numbers, or of vectors over lengths or places) and a count of each document, or of each
+        prompt that several documents share.
+
+    Raises:
+        ValueError: There are no documents.
+    """
+    records: list[Record] = []
+    groups = prompt_groups(documents)
+    sizes = {group[0]["document_id"]: len(group) for group in groups}
+    for found in measure_documents(model, network, groups, settings, tokenizer):
+        records += found
+        advance(sum(sizes[record["id"]] for record in found))
+    if not records:
+        raise ValueError("documents is empty: pass at least one held-out document.")
+    return means_of(records)
 
 
 def prompt_groups(documents: Sequence[Record]) -> list[list[Record]]:
@@ -148,7 +198,7 @@ def _measure_batch(
         sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
     first: tuple[Tensor, Tensor] | None = None
     if settings.samples:
-        layout = random_contexts(batch, settings)
+        layout = settings.contexts(batch)
         rollouts = _rollouts(model, batch, layout, settings)
         if "calibration" in measures and text is not None:
             sums |= _calibration(text, rollouts, layout)
@@ -156,35 +206,16 @@ def _measure_batch(
             sums |= _diversity(rollouts.tokens, layout, tokenizer)
         if "feature_matching" in measures:
             assert network is not None, "loaded whenever its measure is asked for"
-            found, first = _feature_matching(network, input_ids, rollouts.tokens, layout, settings.lengths)
+            found, first = feature_matching_sums(network, input_ids, rollouts.tokens, layout, settings.lengths)
             sums |= found
     records: list[Record] = [
         {name: [value[row].double().cpu(), count[row].double().item()] for name, (value, count) in sums.items()}
         for row in range(len(input_ids))
     ]
     if first is not None:
-        for row in _behind_prompt(batch, layout).nonzero().flatten().tolist():
+        for row in behind_prompt(batch, layout).nonzero().flatten().tolist():
             records[row]["behind_prompt"] = tuple(x[row] for x in first)
     return records
-
-
-def random_contexts(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
-    """Contexts of each row: the first place where the longest length fits, and others drawn at random behind it.
-
-    Never at a fixed distance from the document's end: the last tokens of such references would be the document's
-    last words and its EOS, and no draws from what follows the context. The place whose reference ends with the
-    document is left out for the same reason, unless it is the only one.
-    """
-    everywhere = contexts(batch, batch["input_ids"].shape[1], settings.context_length, max(settings.lengths))
-    if not everywhere.num_blocks:
-        return everywhere
-    keep = torch.zeros_like(everywhere.valid)
-    ids = batch["document_ids"][:, 0].tolist()
-    for row, (count, document_id) in enumerate(zip(everywhere.valid.sum(-1).tolist(), ids, strict=True)):
-        rng = noise.document_rng(settings.seed, noise.CONTEXTS, 0, document_id)
-        others = 1 + rng.permutation(max(count - 2, 0))[: settings.contexts_per_document - 1]
-        keep[row, torch.tensor([0, *others])] = count > 0
-    return everywhere.select(keep)
 
 
 def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:
@@ -231,7 +262,7 @@ def _diversity(tokens: Tensor, layout: BlockLayout, tokenizer: Any) -> Sums:
     }
 
 
-def _feature_matching(
+def feature_matching_sums(
     network: FeatureNetwork, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Sequence[int]
 ) -> tuple[Sums, tuple[Tensor, Tensor]]:
     """Unbiased losses [B, L] of the documents; loss [B, L] and reference's features [B, L, D] of first contexts."""
@@ -242,16 +273,6 @@ def _feature_matching(
     sums = losses.double().where(valid[..., None], 0).sum(1)
     first = (losses[:, :1].sum(1), reference[:, :1][:, :, last].sum(1))  # of none: 0
     return {"feature_matching_loss": (sums, valid.sum(-1))}, tuple(x.double().cpu() for x in first)  # type: ignore
-
-
-def _behind_prompt(batch: dict[str, Tensor], layout: BlockLayout) -> Tensor:
-    """Whether a document has a prompt and its first context is the one right behind it: BoolTensor [B]."""
-    mask = batch["completion_mask"].cpu()
-    if not layout.num_blocks:
-        return torch.zeros(len(mask), dtype=torch.bool)
-    first = mask.int().argmax(-1)
-    anchors, valid, _ = layout.expand(len(mask))
-    return valid[:, 0] & (anchors[:, 0] == first) & (first > 0)
 
 
 def _of_group(records: list[Record], document_id: int) -> Record:

@@ -1,0 +1,168 @@
+"""What every suite shares: the evaluation it is part of, a model's turn in it, and what a suite has to say."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM
+
+from ... import models as loading
+from ..._compat import revision_of
+from ..config import EvaluationConfig
+from ..generation import check_room
+from ..intervals import DocumentMean
+from ..records import RecordFile
+from ..summary import Row
+
+
+class Session:
+    """One call of `evaluate`: its settings, where it runs, and what it writes to.
+
+    Raises:
+        ValueError: The device is not there, or a model has no config or tokenizer.
+    """
+
+    def __init__(self, config: EvaluationConfig, console: Console):
+        self.config, self.console, self.folder = config, console, Path(config.output_dir)
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
+        self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
+        self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
+
+    def load(self, path: str) -> Any:
+        """A model, ready to be measured."""
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
+        return model.to(self.device).eval()
+
+    def turns(self) -> Iterator["Turn"]:
+        """The models, one after the other."""
+        for name, path, tokenizer in zip(
+            self.config.names, self.config.model_name_or_path, self.tokenizers, strict=True
+        ):
+            yield Turn(self, name, path, tokenizer)
+
+    def check_room(self, names: Sequence[str], prompts: Sequence[str]) -> None:
+        """Refuse prompts that some model has no positions for.
+
+        Raises:
+            ValueError: Names the first one.
+        """
+        for model_config, tokenizer in zip(self.model_configs, self.tokenizers, strict=True):
+            check_room(prompt_tokens(tokenizer, prompts), names, model_config, self.config.max_new_tokens)
+
+    @contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Any]:
+        """A bar on the console; yields what to tell how many more are done."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"))
+        with Progress(*columns, TimeRemainingColumn(), console=self.console) as progress:
+            task = progress.add_task(text, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+class Turn:
+    """One model's turn: the model, loaded when it is first needed, and its records."""
+
+    def __init__(self, session: Session, name: str, path: str, tokenizer: Any):
+        self.session, self.name, self.path, self.tokenizer = session, name, path, tokenizer
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, on the session's device."""
+        return self.session.load(self.path)
+
+    def release(self) -> None:
+        """Give the model's memory back; it is loaded again when it is needed again."""
+        self.__dict__.pop("model", None)
+
+    def records(self, kind: str, settings: dict[str, Any], data: Any) -> RecordFile:
+        """What is known already of this model, with these settings and data.
+
+        Raises:
+            ValueError: The folder holds records of another state of the model, other settings or other data.
+        """
+        identity = {"model": self.path, "state": _fingerprint(self.path)}
+        identity["dtype"] = str(self.session.dtype).removeprefix("torch.")
+        digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        path = self.session.folder / "records" / f"{self.name}-{kind}.jsonl".replace("/", "_")
+        return RecordFile(path, {**identity, **settings, "data": digest})
+
+    def progress(self, text: str, total: int) -> Any:
+        """The session's bar, with the model's name."""
+        return self.session.progress(f"{self.name}: {text}", total)
+
+
+class Suite:
+    """Something that models are measured on.
+
+    A suite loads and checks everything when it is made, so that bad input ends the call before any work.
+
+    Attributes:
+        axes: Of each measure that is a curve, what its numbers belong to.
+    """
+
+    axes: Mapping[str, Sequence[int]] = {}
+
+    def prepare(self) -> dict[str, Any]:
+        """What is loaded once all suites are found to be usable; returns what results.json shall say of it."""
+        return {}
+
+    def measure(self, turn: Turn) -> dict[str, DocumentMean]:
+        """Measure a model: measure -> a sum and a count of each unit, the same units for every model."""
+        raise NotImplementedError
+
+    def rows(self) -> list[Row]:
+        """After all models: numbers that are no means over units."""
+        return []
+
+
+def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Prompts as training tokenises them: each by itself, with the tokenizer's own special tokens."""
+    return [list(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def require(package: str, extra: str) -> None:
+    """Refuse what an optional package is needed for.
+
+    Raises:
+        ValueError: It is not installed; names the extra.
+    """
+    if find_spec(package) is None:
+        raise ValueError(f"{package} is needed for this and not installed: pip install 'ebft[{extra}]'")
+
+
+def _fingerprint(path: str) -> Any:
+    """What tells one state of a model from another: a Hub model's commit, or names, sizes and times of its files."""
+    if not Path(path).is_dir():
+        return revision_of(loading.load_config(path))
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(path).iterdir())]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: There is none.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is unknown: use cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: this machine, or this build of torch, has no CUDA device; use cpu.")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)

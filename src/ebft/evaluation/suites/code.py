@@ -1,0 +1,100 @@
+"""Code against its tests in the sandbox: pass@k, greedy and sampled."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..code_benchmarks import Problem, check_languages, load_problems
+from ..config import short_names
+from ..generation import GenerationSettings, complete
+from ..intervals import DocumentMean
+from ..pass_at_k import pass_at_k
+from ..records import Record, RecordFile
+from ..summary import means_of
+from .base import Session, Suite, Turn, prompt_tokens
+
+if TYPE_CHECKING:
+    from ...sandbox import Sandbox
+
+
+class CodeSuite(Suite):
+    """All code benchmarks of an evaluation.
+
+    Raises:
+        ValueError: A file, a problem or its language cannot be used, or there is no sandbox.
+    """
+
+    def __init__(self, session: Session):
+        from ...sandbox import Limits, Sandbox
+
+        self.config = config = session.config
+        self.benchmarks = {
+            short: load_problems(name, split=config.code_benchmark_split, config=config.code_benchmark_config)
+            for short, name in zip(short_names(config.code_benchmark), config.code_benchmark, strict=True)
+        }
+        for problems in self.benchmarks.values():
+            check_languages(problems)
+            session.check_room([problem.id for problem in problems], [problem.prompt for problem in problems])
+        limits = Limits(wall_seconds=config.time_limit, cpu_seconds=config.time_limit)
+        self.sandbox = Sandbox(limits, allow_weak=config.allow_weak_sandbox)
+        session.console.print(f"Generated code runs in: {self.sandbox.layer}", highlight=False)
+
+    def measure(self, turn: Turn) -> dict[str, DocumentMean]:
+        """pass@k of each benchmark; a unit is a problem."""
+        runs = {"greedy": (self.config.greedy(), [1])}
+        if self.config.num_samples > 1:
+            runs["sampled"] = self.config.sampled(self.config.num_samples), self.config.pass_at_k
+        means = {}
+        for name, problems in self.benchmarks.items():
+            for kind, (settings, ks) in runs.items():
+                about = asdict(settings) | {"time_limit": self.config.time_limit, "sandbox": self.sandbox.layer}
+                file = turn.records(f"{name}-{kind}", about, [asdict(problem) for problem in problems])
+                with turn.progress(f"{name}, {kind}", len(problems)) as advance:
+                    run_code(turn, problems, self.sandbox, settings, file, advance)
+                means |= means_of(pass_records(list(file.records.values()), ks, f"{name}/{kind}"))
+        return means
+
+
+def run_code(
+    turn: Turn,
+    problems: Sequence[Problem],
+    sandbox: "Sandbox",
+    settings: GenerationSettings,
+    file: RecordFile,
+    advance: Callable[[int], Any],
+) -> None:
+    """Complete the problems and run what comes; a record per problem: `samples`, `verdicts`, `details`.
+
+    Args:
+        turn: The model's.
+        problems: Of a benchmark.
+        sandbox: Runs the programs.
+        settings: Of the completions.
+        file: Where the records go; problems it holds are not run again.
+        advance: Told how many problems are done.
+    """
+    prompts = prompt_tokens(turn.tokenizer, [problem.prompt for problem in problems])
+    done = [problem.id in file for problem in problems]
+    advance(sum(done))
+    if all(done):
+        return
+    for found in complete(turn.model, turn.tokenizer, prompts, settings, [problem.stop for problem in problems], done):
+        new = {i: samples for i, samples in found.items() if not done[i]}
+        outcomes = iter(sandbox.run_all(problems[i].program(text) for i, samples in new.items() for text in samples))
+        records: list[Record] = []
+        for i, samples in new.items():
+            of_problem = [next(outcomes) for _ in samples]
+            verdicts = [outcome.verdict.value for outcome in of_problem]
+            details = [outcome.detail for outcome in of_problem]
+            records.append({"id": problems[i].id, "samples": samples, "verdicts": verdicts, "details": details})
+        file.append(records)
+        advance(len(records))
+
+
+def pass_records(records: Sequence[Record], ks: Sequence[int], name: str) -> list[Record]:
+    """pass@k of each problem, as records of sums and counts; `name` goes in front of "pass@k"."""
+    out = []
+    for record in records:
+        n, c = len(record["verdicts"]), record["verdicts"].count("passed")
+        out.append({"id": record["id"], **{f"{name}/pass@{k}": [float(pass_at_k(n, c, k)), 1.0] for k in ks}})
+    return out

@@ -1,0 +1,127 @@
+"""Held-out documents: cross-entropy, feature-matching loss, calibration, diversity (`document_measures`)."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ... import models as loading
+from ...data import load_documents, tokenize_documents
+from ...features import FeatureNetwork
+from ...support import check_config, check_same_vocabulary
+from ..document_measures import LENGTHS, measure_documents, prompt_groups
+from ..intervals import DocumentMean
+from ..summary import means_of
+from .base import Session, Suite, Turn
+
+
+class DocumentSuite(Suite):
+    """Documents as the first model's tokenizer cuts them, the same for all models.
+
+    Raises:
+        ValueError: A model or the dataset cannot be used, or vocabularies differ.
+    """
+
+    def __init__(self, session: Session):
+        self.session, config = session, session.config
+        self.tokenizer, self.network = session.tokenizers[0], None
+        max_length = self._max_length()
+        self._check_vocabularies()
+        name = str(config.dataset_name)
+        split = "train" if Path(name).is_file() else config.dataset_test_split
+        dataset: Any = load_documents(name, split=split, config=config.dataset_config)
+        if config.max_documents is not None:
+            dataset = dataset.select(range(min(len(dataset), config.max_documents)))
+        self.documents = list(tokenize_documents(dataset, self.tokenizer, max_length=max_length))
+        lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
+        self.settings = config.document_settings(lengths)
+        self.axes = self.settings.axes
+
+    def _max_length(self) -> int:
+        """Tokens of a document, which all models and the feature network can take."""
+        config, configs = self.session.config, list(self.session.model_configs)
+        phi = config.feature_model_name_or_path
+        if phi and "feature_matching" in config.metrics:
+            configs.append(loading.load_config(phi, "feature_model_name_or_path"))
+            check_same_vocabulary(configs[-1], phi, configs[0], self.tokenizer)
+        length = config.max_length or min(longest_document(found) for found in configs)
+        for found in configs:
+            check_config(found, length)
+        return length
+
+    def _check_vocabularies(self) -> None:
+        first, *others = self.session.config.model_name_or_path
+        for path, tokenizer in zip(others, self.session.tokenizers[1:], strict=True):
+            if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError(
+                    f"model_name_or_path: {path} has another vocabulary than {first}, so that their documents would "
+                    "not be the same tokens: evaluate them apart (code_benchmark, translation and tasks compare any "
+                    "models)."
+                )
+
+    def prepare(self) -> dict[str, Any]:
+        """Load the one feature network, if one is needed."""
+        if "feature_matching" not in self.settings.measures:
+            return {}
+        config = self.session.config
+        model = self.session.load(config.feature_model_name_or_path or config.model_name_or_path[0])
+        self.network = FeatureNetwork(model, config.feature_layers, norm=config.feature_norm)
+        return {"feature_network": loading.describe_feature_network(self.network)}
+
+    def measure(self, turn: Turn) -> dict[str, DocumentMean]:
+        """All measures; a unit is a document, or the documents of one prompt."""
+        phi = None if self.network is None else loading.describe_feature_network(self.network)
+        file = turn.records("documents", asdict(self.settings) | {"phi": phi}, self.documents)
+        groups = prompt_groups(self.documents)
+        left = [group for group in groups if group[0]["document_id"] not in file]
+        with turn.progress("documents", len(self.documents)) as advance:
+            advance(len(self.documents) - sum(map(len, left)))
+            sizes = {group[0]["document_id"]: len(group) for group in left}
+            if left:
+                for records in measure_documents(turn.model, self.network, left, self.settings, self.tokenizer):
+                    file.append(records)
+                    advance(sum(sizes[record["id"]] for record in records))
+        return means_of(file.records.values())
+
+
+def longest_document(config: Any) -> int:
+    """Tokens of the longest document that a model is given by default."""
+    return min(1024, getattr(config.get_text_config(), "max_position_embeddings", None) or 1024)
+
+
+def fitting_lengths(documents: Sequence[dict], wanted: Sequence[int], context_length: int) -> tuple[int, ...]:
+    """The completion lengths asked for, or the default ones that half of the documents have room for.
+
+    Raises:
+        ValueError: No document has room for the longest of `wanted`, or for a single token.
+    """
+    rooms = sorted((_room(document, context_length) for document in documents), reverse=True)
+    if wanted:
+        if max(wanted) > rooms[0]:
+            raise ValueError(
+                f"lengths={list(wanted)}: no document has room for {max(wanted)} tokens behind a prefix of "
+                f"context_length={context_length}; the longest completion that fits is {rooms[0]}."
+            )
+        return tuple(wanted)
+    typical = max(rooms[len(rooms) // 2], min(1, rooms[0]))
+    if not typical:
+        raise ValueError(f"dataset_name: no document has a token behind a prefix of context_length={context_length}.")
+    lengths = tuple(length for length in LENGTHS if length <= typical)
+    if lengths[-1] < LENGTHS[-1]:
+        warnings.warn(
+            f"lengths end at {lengths[-1]} tokens: half of the documents have no room for more (give --lengths for "
+            "longer ones, of the documents that have)",
+            stacklevel=2,
+        )
+    return lengths
+
+
+def _room(document: dict, context_length: int) -> int:
+    """The longest run of completion tokens that a context of the document has behind it."""
+    longest, run = 0, 0
+    for place in reversed(range(len(document["input_ids"]))):
+        run = run + 1 if document["completion_mask"][place] else 0
+        if place >= context_length:
+            longest = max(longest, run)
+    return longest

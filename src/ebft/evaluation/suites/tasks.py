@@ -1,0 +1,55 @@
+"""Tasks of lm-evaluation-harness, on the checkpoint as it is saved."""
+
+import torch
+
+from ..harness import TaskScore, check_tasks, run_tasks
+from ..intervals import DocumentMean
+from ..summary import Row
+from .base import Session, Suite, Turn, require
+
+
+class TaskSuite(Suite):
+    """The tasks of an evaluation.
+
+    Raises:
+        ValueError: The harness is not installed, or does not know a task.
+    """
+
+    def __init__(self, session: Session):
+        require("lm_eval", "lm-eval")
+        self.session, self.config = session, session.config
+        check_tasks(self.config.tasks)
+        self.others: list[Row] = []
+
+    def measure(self, turn: Turn) -> dict[str, DocumentMean]:
+        """Means over a task's examples, with which models can be paired; what is no such mean comes in `rows`."""
+        options = {"limit": self.config.tasks_limit, "seed": self.config.seed}
+        file = turn.records("tasks", options, None)
+        with turn.progress("tasks", len(self.config.tasks)) as advance:
+            for task in self.config.tasks:
+                if task not in file:
+                    turn.release()
+                    dtype = str(self.session.dtype).removeprefix("torch.")
+                    scores = run_tasks(turn.path, [task], device=str(self.session.device), dtype=dtype, **options)
+                    file.append([{"id": task, "scores": [score._asdict() for score in scores]}])
+                advance(1)
+        means = {}
+        for score in (TaskScore(**found) for task in self.config.tasks for found in file.records[task]["scores"]):
+            name = f"{score.task}/{score.metric}"
+            if score.values is None:
+                self.others.append(_row(turn.name, name, score))
+            else:
+                values = torch.tensor(score.values, dtype=torch.float64)
+                means[name] = DocumentMean(values, torch.ones_like(values))
+        return means
+
+    def rows(self) -> list[Row]:
+        """Scores that are no plain means over examples, with the harness's own standard errors."""
+        return self.others
+
+
+def _row(model: str, measure: str, score: TaskScore) -> Row:
+    low = high = None
+    if score.stderr is not None:
+        low, high = score.value - 1.96 * score.stderr, score.value + 1.96 * score.stderr
+    return dict(model=model, measure=measure, length=None, mean=score.value, low=low, high=high)

@@ -1,0 +1,108 @@
+"""Translation: BLEU and chrF through sacrebleu, COMET on request; the greedy translation and the best of several."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+from .. import comet
+from ..generation import GenerationSettings, complete
+from ..intervals import DocumentMean
+from ..records import Record
+from ..summary import Row, means_of
+from ..translation import (
+    STOP,
+    check_template,
+    compare_translations,
+    load_translations,
+    translation_prompt,
+    translation_scores,
+)
+from .base import Session, Suite, Turn, prompt_tokens, require
+
+
+class TranslationSuite(Suite):
+    """The segments of an evaluation, and what each model made of them.
+
+    Raises:
+        ValueError: A segment, the template or a direction cannot be used; sacrebleu or COMET's environment is missing.
+    """
+
+    def __init__(self, session: Session):
+        require("sacrebleu", "translation")
+        self.session, self.config = session, session.config
+        if self.config.comet:
+            comet.check_environment()
+        template = self.config.translation_template
+        check_template(template)
+        self.segments = load_translations(
+            str(self.config.translation),
+            direction=self.config.translation_direction,
+            split=self.config.translation_split,
+            config=self.config.translation_config,
+        )
+        self.prompts = [translation_prompt(segment, template) for segment in self.segments]
+        session.check_room([f"segment {i}" for i in range(len(self.prompts))], self.prompts)
+        self.translations: dict[str, list[list[str]]] = {}
+
+    def measure(self, turn: Turn) -> dict[str, DocumentMean]:
+        """Translate; a mean over segments only where COMET is asked for."""
+        runs = {"greedy": self.config.greedy()}
+        if self.config.best_of > 1:
+            runs["sampled"] = self.config.sampled(self.config.best_of - 1)
+        found: list[list[str]] = [[] for _ in self.segments]
+        for kind, settings in runs.items():
+            for texts, new in zip(found, self._translate(turn, kind, settings), strict=True):
+                texts += new
+        self.translations[turn.name] = found
+        return means_of(self._comet(turn, [texts[0] for texts in found])) if self.config.comet else {}
+
+    def _translate(self, turn: Turn, kind: str, settings: GenerationSettings) -> list[list[str]]:
+        """So many translations of each segment, as `settings` say."""
+        file = turn.records(f"translation-{kind}", asdict(settings), self.prompts)
+        tokens, done = prompt_tokens(turn.tokenizer, self.prompts), [i in file for i in range(len(self.prompts))]
+        with turn.progress(f"translation, {kind}", len(self.prompts)) as advance:
+            advance(sum(done))
+            if not all(done):
+                for found in complete(turn.model, turn.tokenizer, tokens, settings, [STOP] * len(done), done):
+                    new = {i: [text.strip() for text in texts] for i, texts in found.items() if not done[i]}
+                    file.append([{"id": i, "hypotheses": texts} for i, texts in new.items()])
+                    advance(len(new))
+        return [file.records[i]["hypotheses"] for i in range(len(self.prompts))]
+
+    def _comet(self, turn: Turn, hypotheses: Sequence[str]) -> list[Record]:
+        """COMET of each segment, as records of sums and counts."""
+        settings = {"comet": self.config.comet_model}
+        file = turn.records("translation-comet", settings, [[asdict(s) for s in self.segments], list(hypotheses)])
+        if not file.records:
+            self.session.console.print(f"{turn.name}: COMET ({self.config.comet_model})", highlight=False)
+            gpus = int(self.session.device.type == "cuda")
+            scores = comet.comet_scores(self.segments, hypotheses, model=self.config.comet_model, gpus=gpus)
+            file.append([{"id": i, "score": score} for i, score in enumerate(scores)])
+        names = [f"{segment.direction}/COMET (first)" for segment in self.segments]
+        return [{"id": i, name: [file.records[i]["score"], 1.0]} for i, name in enumerate(names)]
+
+    def rows(self) -> list[Row]:
+        """Corpus scores with sacrebleu's own bootstrap over segments, and for each pair of models its paired one."""
+        rows, signatures = [], {}
+        sizes = [segment.direction for segment in self.segments]
+        for name, hypotheses in self.translations.items():
+            for score in translation_scores(self.segments, hypotheses):
+                signatures[score.metric, score.signature] = None
+                row = _row(name, score.direction, score.metric, score.hypotheses, score.score)
+                row |= dict(low=score.mean - score.half_width, high=score.mean + score.half_width)
+                rows.append(row | {"units": sizes.count(score.direction), "signature": score.signature})
+        for metric, signature in signatures:
+            self.session.console.print(f"{metric}: {signature}", highlight=False, style="dim")
+        for one, other in combinations(self.translations, 2):
+            first = {name: [texts[0] for texts in self.translations[name]] for name in (one, other)}
+            scores = compare_translations(self.segments, first)
+            for a, b in zip(scores[::2], scores[1::2], strict=True):
+                row = _row(f"{other} - {one}", b.direction, b.metric, "first", b.score - a.score)
+                rows.append(row | {"p_value": b.p_value, "units": sizes.count(b.direction), "signature": b.signature})
+        return rows
+
+
+def _row(model: str, direction: str, metric: str, hypotheses: str, value: float) -> dict[str, Any]:
+    measure = f"{direction}/{metric} ({hypotheses})"
+    return dict(model=model, measure=measure, length=None, mean=value, low=None, high=None)

@@ -1,0 +1,44 @@
+"""Bootstrap intervals over documents: against all draws enumerated, their coverage, and what pairing cancels."""
+
+import itertools
+
+import pytest
+import torch
+
+from ebft.evaluation import DocumentMean
+
+
+def test_interval_resamples_whole_documents():
+    """With three documents the bootstrap distribution is known: 27 equally likely draws."""
+    data = DocumentMean(torch.tensor([3.0, 10.0, 40.0]), torch.tensor([1.0, 2.0, 4.0]))
+    draws = list(itertools.product(range(3), repeat=3))
+    means = torch.tensor([data.sums[list(d)].sum() / data.counts[list(d)].sum() for d in draws]).double()
+    estimate = data.estimate(level=0.5, resamples=20_000)
+    assert estimate.mean.item() == pytest.approx(53 / 7)
+    # The quantiles of a discrete distribution: the sampled ones lie at or next to them.
+    for found, q in ((estimate.low, 0.25), (estimate.high, 0.75)):
+        assert means.quantile(q - 0.04) <= found <= means.quantile(q + 0.04)
+
+
+def test_interval_covers_the_mean_about_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(400, 60, generator=generator, dtype=torch.float64)
+    estimates = [DocumentMean(row, torch.ones(60)).estimate(resamples=400) for row in data]
+    covered = sum(bool(e.low <= 0 <= e.high) for e in estimates)
+    assert 0.90 * 400 <= covered <= 0.98 * 400  # four standard errors around .94
+
+
+def test_difference_is_paired():
+    """What two models share cancels: the interval of the difference is as narrow as the difference is constant."""
+    generator = torch.Generator().manual_seed(0)
+    shared, counts = torch.randn(50, generator=generator, dtype=torch.float64), torch.ones(50, dtype=torch.float64)
+    one, other = DocumentMean(shared + 0.25, counts), DocumentMean(shared, counts)
+    assert [x.item() for x in (one - other).estimate()] == pytest.approx([0.25] * 3)
+    assert (one.estimate().high - one.estimate().low) > 0.3
+    with pytest.raises(ValueError, match="same documents"):
+        _ = one - DocumentMean(shared, 2 * counts)
+
+
+def test_empty_mean_is_an_error():
+    with pytest.raises(ValueError, match="counts are all zero"):
+        DocumentMean(torch.zeros(2), torch.zeros(2)).estimate()

@@ -189,17 +189,13 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
         if temperature not in (0, 1):
             logits = logits.div_(temperature)
         logits = restrict(logits, 1.0, top_k, top_p)
-        probs = logits.softmax(-1)
-        known = _normalizer_and_entropy(logits, probs, bool(top_k) or top_p < 1) if statistics else None
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True).expand_as(noise)
-        else:
-            cumulative = torch.cumsum(probs, -1, out=probs)
-            total = cumulative[:, -1:]
-            # Rounded up to the total, a number just below 1 would draw the last token, however unlikely that one is.
-            below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
-            tokens = torch.searchsorted(cumulative, below, right=True)
-            tokens = tokens.clamp(max=logits.shape[-1] - 1)
+        logits -= logits.amax(-1, keepdim=True)
+        tokens = logits.argmax(-1, keepdim=True).expand_as(noise) if temperature == 0 else None
+        # In place where it may be, not normalised: another array of this size costs more than the passes over it.
+        weights = logits.exp() if statistics else logits.exp_()
+        known = _normalizer_and_entropy(logits, weights, bool(top_k) or top_p < 1) if statistics else None
+        if tokens is None:
+            tokens = _search(torch.cumsum(weights, -1, out=weights), noise)
         if known:
             parts.append((tokens, logits.gather(-1, tokens) - known[0], known[1].expand_as(noise)))
         else:
@@ -209,10 +205,21 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 
-def _normalizer_and_entropy(logits: Tensor, probs: Tensor, restricted: bool) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of logits [M, V], and the entropy of their softmax, [M, 1] each."""
-    # From the likeliest token: one pass over the vocabulary less than log_softmax and exp.
-    normalizer = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
-    # -sum p log p; outside the support p is 0 and its logit is not finite.
+def _search(cumulative: Tensor, noise: Tensor) -> Tensor:
+    """The first column whose cumulative weight [M, V] exceeds the share `noise` [M, S] of the total: [M, S]."""
+    total = cumulative[:, -1:]
+    # Rounded up to the total, a number just below 1 would draw the last token, however unlikely that one is.
+    below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, below, right=True).clamp(max=cumulative.shape[-1] - 1)
+
+
+def _normalizer_and_entropy(logits: Tensor, weights: Tensor, restricted: bool) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of logits [M, V] of which `weights` are the exponentials, and entropy of their softmax: [M, 1] each.
+
+    The largest logit of each row is 0.
+    """
+    total = weights.sum(-1, keepdim=True)
+    # Outside the support the weight is 0 and the logit not finite.
     finite = logits.clamp(min=LOWEST) if restricted else logits
-    return normalizer, (normalizer - torch.linalg.vecdot(probs, finite)[:, None]).clamp(min=0)
+    mean = torch.linalg.vecdot(weights, finite)[:, None] / total
+    return total.log(), (total.log() - mean).clamp(min=0)

@@ -57,6 +57,8 @@ class EvaluationConfig:
     num_samples: int = _setting(1, "Sampled completions per problem; 1 leaves sampling out (greedy only).")
     code_temperature: float = _setting(0.6, "Of the sampled completions and translations.")
     max_new_tokens: int = _setting(512, "Longest completion of a problem or segment, in tokens.")
+    generation_engine: str = _setting("transformers", "Writes the completions: transformers or vllm.")
+    vllm_gpu_memory_utilization: float = _setting(0.8, "vLLM's share of the GPU's memory.")
     generation_batch_size: int = _setting(64, "Completions at a time.")
     time_limit: float = _setting(10.0, "Seconds a program may run.")
     allow_weak_sandbox: bool = _setting(False, "Run generated code even where only resource limits protect.")
@@ -86,6 +88,11 @@ class EvaluationConfig:
             )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: use auto, float32 or bfloat16.")
+        if self.generation_engine not in ("transformers", "vllm"):
+            raise ValueError(f"generation_engine={self.generation_engine!r}: use transformers or vllm.")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            share = self.vllm_gpu_memory_utilization
+            raise ValueError(f"vllm_gpu_memory_utilization={share} must be in (0, 1].")
         for name in ("max_documents", "tasks_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -141,7 +141,7 @@ def _complete_batch(
         )
     new, n = found[:, length:].tolist(), settings.num_samples
     return {
-        i: [cut(_behind(tokenizer, prompt, tokens), stop) for tokens in new[row * n : row * n + n]]
+        i: [cut(text_behind(tokenizer, prompt, tokens), stop) for tokens in new[row * n : row * n + n]]
         for row, (i, prompt) in enumerate(prompts.items())
     }
 
@@ -150,16 +150,20 @@ def _complete_batch(
 def _own_generation_config(model: Any, tokenizer: Any, pad: int) -> Iterator[None]:
     """Of the checkpoint's own generation settings only its EOS ids: a repetition penalty, say, is not the model."""
     before = model.generation_config
-    theirs = before.eos_token_id if isinstance(before.eos_token_id, list) else [before.eos_token_id]
-    ends = sorted({i for i in (*theirs, tokenizer.eos_token_id) if i is not None})
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=end_ids(before, tokenizer) or None, pad_token_id=pad)
     try:
         yield
     finally:
         model.generation_config = before
 
 
-def _behind(tokenizer, prompt: Sequence[int], tokens: list[int]) -> str:
+def end_ids(config: GenerationConfig, tokenizer: Any) -> list[int]:
+    """Ids that end a completion: the checkpoint's and its tokenizer's."""
+    theirs = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({i for i in (*theirs, tokenizer.eos_token_id) if i is not None})
+
+
+def text_behind(tokenizer: Any, prompt: Sequence[int], tokens: list[int]) -> str:
     """The text of new tokens behind a prompt; decoded alone, some tokenizers drop a space in front."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return tokenizer.decode([*prompt, *tokens], **options)[len(tokenizer.decode(prompt, **options)) :]

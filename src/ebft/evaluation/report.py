@@ -17,7 +17,14 @@ from .summary import BY_POSITION, Row
 RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
-NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "generation_batch_size", "device")
+NOT_OF_THE_RESULTS = (
+    "output_dir",
+    "plots",
+    "batch_size",
+    "generation_batch_size",
+    "device",
+    "vllm_gpu_memory_utilization",
+)
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[R
     measured: dict[str, dict[str, DocumentMean]] = {}
     for turn in session.turns():
         measured[turn.name] = {name: mean for suite in suites for name, mean in suite.measure(turn).items()}
+        turn.release()
     rows = summarise(measured, {name: axis for suite in suites for name, axis in suite.axes.items()})
     rows += [row for suite in suites for row in suite.rows()]
     _report(session, rows, about)

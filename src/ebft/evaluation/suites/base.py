@@ -1,5 +1,6 @@
 """What every suite shares: the evaluation it is part of, a model's turn in it, and what a suite has to say."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from ... import models as loading
 from ..._compat import revision_of
 from ..config import EvaluationConfig
-from ..generation import check_room
+from ..generation import GenerationSettings, check_room, complete
 from ..intervals import DocumentMean
 from ..records import RecordFile
 from ..summary import Row
+from ..vllm_generation import VLLMEngine
 
 
 class Session:
@@ -34,6 +36,8 @@ class Session:
         self.config, self.console, self.folder = config, console, Path(config.output_dir)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
+        if config.generation_engine == "vllm":
+            require("vllm", "vllm")
         self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
         self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
 
@@ -68,7 +72,7 @@ class Session:
 
 
 class Turn:
-    """One model's turn: the model, loaded when it is first needed, and its records."""
+    """One model's turn: the model, in memory from when it is first needed, and its records."""
 
     def __init__(self, session: Session, name: str, path: str, tokenizer: Any):
         self.session, self.name, self.path, self.tokenizer = session, name, path, tokenizer
@@ -78,9 +82,36 @@ class Turn:
         """The model, on the session's device."""
         return self.session.load(self.path)
 
+    @cached_property
+    def vllm(self) -> VLLMEngine:
+        """The model in vLLM, which wants the memory for itself."""
+        self.release()
+        config, dtype = self.session.config, str(self.session.dtype).removeprefix("torch.")
+        return VLLMEngine(self.path, self.tokenizer, dtype, config.seed, config.vllm_gpu_memory_utilization)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        stop: Sequence[tuple[str, ...]],
+        done: Sequence[bool],
+    ) -> Iterator[dict[int, list[str]]]:
+        """The new completions, in batches, of prompts that are not `done`; see `generation.complete`."""
+        if all(done):
+            return
+        if self.session.config.generation_engine == "vllm":
+            yield from self.vllm.complete(prompts, settings, stop, done)
+            return
+        for found in complete(self.model, self.tokenizer, prompts, settings, stop, done):
+            yield {i: texts for i, texts in found.items() if not done[i]}
+
     def release(self) -> None:
         """Give the model's memory back; it is loaded again when it is needed again."""
         self.__dict__.pop("model", None)
+        if "vllm" in self.__dict__:
+            self.__dict__.pop("vllm").close()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def records(self, kind: str, settings: dict[str, Any], data: Any) -> RecordFile:
         """What is known already of this model, with these settings and data.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..code_benchmarks import Problem, check_languages, load_problems
 from ..config import short_names
-from ..generation import GenerationSettings, complete
+from ..generation import GenerationSettings
 from ..intervals import DocumentMean
 from ..pass_at_k import pass_at_k
 from ..records import Record, RecordFile
@@ -48,6 +48,7 @@ class CodeSuite(Suite):
         for name, problems in self.benchmarks.items():
             for kind, (settings, ks) in runs.items():
                 about = asdict(settings) | {"time_limit": self.config.time_limit, "sandbox": self.sandbox.layer}
+                about["engine"] = self.config.generation_engine
                 file = turn.records(f"{name}-{kind}", about, [asdict(problem) for problem in problems])
                 with turn.progress(f"{name}, {kind}", len(problems)) as advance:
                     run_code(turn, problems, self.sandbox, settings, file, advance)
@@ -76,10 +77,7 @@ def run_code(
     prompts = prompt_tokens(turn.tokenizer, [problem.prompt for problem in problems])
     done = [problem.id in file for problem in problems]
     advance(sum(done))
-    if all(done):
-        return
-    for found in complete(turn.model, turn.tokenizer, prompts, settings, [problem.stop for problem in problems], done):
-        new = {i: samples for i, samples in found.items() if not done[i]}
+    for new in turn.complete(prompts, settings, [problem.stop for problem in problems], done):
         outcomes = iter(sandbox.run_all(problems[i].program(text) for i, samples in new.items() for text in samples))
         records: list[Record] = []
         for i, samples in new.items():

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from .. import comet
-from ..generation import GenerationSettings, complete
+from ..generation import GenerationSettings
 from ..intervals import DocumentMean
 from ..records import Record
 from ..summary import Row, means_of
@@ -59,15 +59,14 @@ class TranslationSuite(Suite):
 
     def _translate(self, turn: Turn, kind: str, settings: GenerationSettings) -> list[list[str]]:
         """So many translations of each segment, as `settings` say."""
-        file = turn.records(f"translation-{kind}", asdict(settings), self.prompts)
+        about = asdict(settings) | {"engine": self.config.generation_engine}
+        file = turn.records(f"translation-{kind}", about, self.prompts)
         tokens, done = prompt_tokens(turn.tokenizer, self.prompts), [i in file for i in range(len(self.prompts))]
         with turn.progress(f"translation, {kind}", len(self.prompts)) as advance:
             advance(sum(done))
-            if not all(done):
-                for found in complete(turn.model, turn.tokenizer, tokens, settings, [STOP] * len(done), done):
-                    new = {i: [text.strip() for text in texts] for i, texts in found.items() if not done[i]}
-                    file.append([{"id": i, "hypotheses": texts} for i, texts in new.items()])
-                    advance(len(new))
+            for new in turn.complete(tokens, settings, [STOP] * len(done), done):
+                file.append([{"id": i, "hypotheses": [t.strip() for t in texts]} for i, texts in new.items()])
+                advance(len(new))
         return [file.records[i]["hypotheses"] for i in range(len(self.prompts))]
 
     def _comet(self, turn: Turn, hypotheses: Sequence[str]) -> list[Record]:

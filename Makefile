@@ -42,7 +42,7 @@ format: $(READY)  ## let ruff mend what it can
 quickstart: $(READY)  ## base model, SFT and EBFT side by side on Python's own source code
 	$(BIN)/python -m ebft.quickstart $(QUICKSTART_ARGS)
 
-bench: $(READY)  ## what an update costs: published scheme, ours, SFT (CPU, two threads, about twelve minutes)
+bench: $(READY)  ## what an update costs: published scheme, ours, SFT (CPU, two threads, 12 to 18 minutes)
 	$(BIN)/python -m benchmarks --threads 2 --setting qa translation \
 		--sweep max_length num_generations completion_length --sweep_arms ours_reused $(BENCH_ARGS)
 

@@ -1,6 +1,7 @@
 """`ebft evaluate` on two small checkpoints: numbers, files, going on after an interruption, and what it refuses."""
 
 import csv
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -180,6 +181,8 @@ def test_code_and_translation(run, tmp_path):
         (("--dataset_name", "qa.jsonl", "--seed", "-1"), "seed=-1"),
         (("--translation", "pairs.jsonl", "--translation_direction", "de-fr"), "fr"),
         (("--translation", "pairs.jsonl", "--translation_template", "say {word}"), "translation_template"),
+        (("--code_benchmark", "problems.jsonl", "--generation_engine", "tgi"), "use transformers or vllm"),
+        (("--code_benchmark", "problems.jsonl", "--vllm_gpu_memory_utilization", "1.5"), "must be in (0, 1]"),
         (("--dataset_name", "qa.jsonl", "--comet"), "comet: it scores translations; give --translation"),
     ],
 )
@@ -188,6 +191,12 @@ def test_what_it_refuses(run, tmp_path, words, message):
     assert status == 2
     assert message in printed.err, printed.err
     assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_where_it_is_not_installed(run):
+    status, printed = run("--translation", "pairs.jsonl", "--generation_engine", "vllm")
+    assert status == 2 and "pip install 'ebft[vllm]'" in printed.err
 
 
 def test_comet_is_scored_once_and_compared(run, tmp_path, monkeypatch):

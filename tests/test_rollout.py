@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 import oracles
 from ebft.blocks import BlockLayout
 from ebft.logprobs import block_log_probs
-from ebft.rollout import sample_blocks, sample_rollouts
+from ebft.rollout import _normalizer_and_entropy, sample_blocks, sample_rollouts
 from ragged import doc_ids_of, ragged_batch
 from test_logprobs import Wrapper, lora_model
 from tiny_models import CONFIGS, FLOAT32_ONLY, tiny_model
@@ -56,6 +56,47 @@ def test_log_probs_and_entropy_of_sampling(family):
     torch.testing.assert_close(rollouts.entropy.double(), entropy, rtol=0, atol=max(tolerance, 1e-6))
     log_probs = log_probs.gather(-1, rollouts.tokens[..., None])[..., 0] * LAYOUT.valid[..., None, None]
     torch.testing.assert_close(rollouts.log_probs.double(), log_probs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.7, "temperature": 0.8}])
+def test_entropy_on_the_support(options):
+    """That of the distribution the token is drawn from; of greedy tokens, that at temperature 1."""
+    model, plain = tiny_model(scale=3.0), tiny_model(scale=3.0)
+    rollouts = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, generator=seeded(), **options)
+    temperature, top_k, top_p = options.get("temperature") or 1.0, options.get("top_k", 0), options.get("top_p", 1.0)
+    with torch.no_grad():
+        logits = oracles.block_logits(plain, INPUT_IDS, rollouts.tokens, LAYOUT).double() / temperature
+    ordered = logits.softmax(-1).sort(-1, descending=True).values
+    kept = (ordered.cumsum(-1) - ordered < top_p) & (torch.arange(ordered.shape[-1]) < (top_k or ordered.shape[-1]))
+    probs = torch.where(kept, ordered, 0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(probs, probs).sum(-1) * LAYOUT.valid[..., None, None]
+    torch.testing.assert_close(rollouts.entropy.double(), entropy, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_large_logits(statistics):
+    """Of some hundreds, whose exponentials float32 does not hold."""
+    model = tiny_model(scale=3.0, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000)
+    with torch.no_grad():
+        assert model(INPUT_IDS).logits.abs().max() > 200
+    rollouts = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, generator=seeded(), statistics=statistics)
+    greedy = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, temperature=0)
+    assert (rollouts.tokens == greedy.tokens).double().mean() > 0.5
+    assert rollouts.entropy.isfinite().all() and rollouts.log_probs.isfinite().all()
+    assert rollouts.log_probs.dtype == torch.float32
+
+
+def test_entropy_under_autocast_is_float32():
+    """Of the logits as they are; a dot product would be rounded to bfloat16."""
+    logits = torch.randn(64, 500, generator=seeded())
+    logits -= logits.amax(-1, keepdim=True)
+    plain = _normalizer_and_entropy(logits, logits.exp(), False)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = _normalizer_and_entropy(logits, logits.exp(), False)
+    assert all(torch.equal(one, other) for one, other in zip(plain, cast, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.3])

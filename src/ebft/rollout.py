@@ -28,7 +28,7 @@ class Rollouts(NamedTuple):
 
 
 def sample_blocks(model: nn.Module, input_ids: Tensor, layout: BlockLayout, num_generations: int, **options) -> Tensor:
-    """The tokens [B, K, N, G] of `sample_rollouts`, whose options it takes; faster, as nothing else is computed."""
+    """The tokens [B, K, N, G] of `sample_rollouts`, whose other options it takes; nothing else is computed."""
     return sample_rollouts(model, input_ids, layout, num_generations, statistics=False, **options).tokens
 
 
@@ -189,7 +189,7 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
         if temperature not in (0, 1):
             logits = logits.div_(temperature)
         logits = restrict(logits, 1.0, top_k, top_p)
-        logits -= logits.amax(-1, keepdim=True)
+        logits -= logits.amax(-1, keepdim=True)  # whoever keeps what the head returned sees it change
         tokens = logits.argmax(-1, keepdim=True).expand_as(noise) if temperature == 0 else None
         # In place where it may be, not normalised: another array of this size costs more than the passes over it.
         weights = logits.exp() if statistics else logits.exp_()
@@ -199,7 +199,7 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
         if known:
             parts.append((tokens, logits.gather(-1, tokens) - known[0], known[1].expand_as(noise)))
         else:
-            parts.append((tokens, *torch.zeros_like(noise).expand(2, *noise.shape)))
+            parts.append((tokens, *logits.new_zeros(noise.shape).expand(2, *noise.shape)))
     if not parts:
         return [uniforms.long(), uniforms.float(), uniforms.float()]
     return [torch.cat(x) for x in zip(*parts, strict=True)]
@@ -221,5 +221,5 @@ def _normalizer_and_entropy(logits: Tensor, weights: Tensor, restricted: bool) -
     total = weights.sum(-1, keepdim=True)
     # Outside the support the weight is 0 and the logit not finite.
     finite = logits.clamp(min=LOWEST) if restricted else logits
-    mean = torch.linalg.vecdot(weights, finite)[:, None] / total
+    mean = (weights * finite).sum(-1, keepdim=True) / total  # not vecdot, which autocast would do in bfloat16
     return total.log(), (total.log() - mean).clamp(min=0)

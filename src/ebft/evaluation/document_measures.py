@@ -221,7 +221,8 @@ def _measure_batch(
 def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:
     ids, N = batch["document_ids"].cpu(), settings.num_generations
     uniforms = noise.sampling_uniforms(layout, ids, N, seed=settings.seed, purpose=noise.EVALUATION, step=0)
-    options = {"temperature": settings.temperature, "uniforms": uniforms}
+    options: dict[str, Any] = {"temperature": settings.temperature, "uniforms": uniforms}
+    options["statistics"] = "calibration" in settings.measures
     return sample_rollouts(model, batch["input_ids"], layout, N, **options)
 
 

@@ -42,7 +42,7 @@ def token_statistics(model: nn.Module, input_ids: Tensor, doc_ids: Tensor) -> To
         for rows, ids in zip(hidden.split(size), targets.split(size), strict=True):
             log_probs = at_least_float32(parts.head(rows)).log_softmax(-1)
             found[0].append(log_probs.gather(-1, ids[:, None])[:, 0])
-            found[1].append(-torch.linalg.vecdot(log_probs.exp(), log_probs))
+            found[1].append(-(log_probs.exp() * log_probs).sum(-1))
         return TokenStatistics(*(torch.cat(part).view(B, P - 1) for part in found))
 
     install(model)

@@ -122,6 +122,21 @@ def test_another_state_of_a_model_is_not_mixed(run, workplace, tmp_path):
     assert status == 2 and "other settings (files of the model)" in printed.err
 
 
+def test_results_within_the_folder_of_a_model(run, workplace):
+    words = ("--model_name_or_path", "ebft", "--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
+    for _ in range(2):
+        status, printed = run(*words, "--output_dir", "ebft/evaluation")
+        assert status == 0, printed.err
+    shutil.rmtree(workplace / "ebft" / "evaluation")
+
+
+def test_texts_too_short_for_a_rollout_have_a_cross_entropy(run, workplace):
+    write(workplace / "short.jsonl", [{"text": "a fox"}, {"text": "a dog"}])
+    assert run("--dataset_name", "short.jsonl", "--metrics", "cross_entropy")[0] == 0
+    status, printed = run("--dataset_name", "short.jsonl", output="other")
+    assert status == 2 and "no document has a token behind a prefix of context_length=8" in printed.err
+
+
 def test_raw_text_and_lengths_that_fit(run, tmp_path):
     with pytest.warns(UserWarning, match="half of the documents have no room"):
         status, printed = run("--dataset_name", "text.jsonl", "--metrics", "feature_matching", "--plots", "false")
@@ -176,7 +191,11 @@ def test_code_and_translation(run, tmp_path):
             ("--code_benchmark", "problems.jsonl", "--num_samples", "2", "--code_temperature", "0"),
             "code_temperature=0.0 must be above 0",
         ),
-        (("--dataset_name", "qa.jsonl", "--device", "cuda"), "device='cuda'"),
+        pytest.param(
+            ("--dataset_name", "qa.jsonl", "--device", "cuda"),
+            "device='cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (("--dataset_name", "qa.jsonl", "--device", "abacus"), "device='abacus' is unknown"),
         (("--dataset_name", "qa.jsonl", "--seed", "-1"), "seed=-1"),
         (("--translation", "pairs.jsonl", "--translation_direction", "de-fr"), "fr"),

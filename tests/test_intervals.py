@@ -39,6 +39,12 @@ def test_difference_is_paired():
         _ = one - DocumentMean(shared, 2 * counts)
 
 
+@pytest.mark.parametrize("documents", [21, 29, 30, 46, 47])
+def test_interval_of_equal_documents_holds_the_mean(documents):
+    mean, low, high = DocumentMean(torch.full((documents,), 1 / 3).double(), torch.ones(documents)).estimate()
+    assert low <= mean <= high
+
+
 def test_empty_mean_is_an_error():
     with pytest.raises(ValueError, match="counts are all zero"):
         DocumentMean(torch.zeros(2), torch.zeros(2)).estimate()

@@ -60,4 +60,5 @@ class DocumentMean:
         means = (weights @ sums.flatten().view(len(counts), -1)) / (weights @ counts)[:, None]
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
         low, high = means.quantile(tails, dim=0)
-        return Estimate(mean, low.view_as(mean), high.view_as(mean))
+        # Of equal documents, rounding may put an end on the wrong side of the mean.
+        return Estimate(mean, low.view_as(mean).minimum(mean), high.view_as(mean).maximum(mean))

@@ -189,7 +189,8 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
         for i, name in enumerate(names):
             for row in rows_of(rows, name, measure):
                 known = row["low"] is not None
-                spread = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]] if known else None
+                ends = (row["mean"] - row["low"], row["high"] - row["mean"]) if known else (0.0, 0.0)
+                spread = [[max(0.0, end)] for end in ends]
                 axis.errorbar([i], [row["mean"]], yerr=spread, fmt="o", color=f"C{i}", capsize=4)
         axis.set_title(label({"measure": measure, "length": None}), fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)

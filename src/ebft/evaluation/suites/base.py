@@ -173,7 +173,8 @@ def _fingerprint(path: str) -> Any:
     """What tells one state of a model from another: a Hub model's commit, or names, sizes and times of its files."""
     if not Path(path).is_dir():
         return revision_of(loading.load_config(path))
-    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(path).iterdir())]
+    files = [file for file in sorted(Path(path).iterdir()) if file.is_file()]  # results may stand in a folder below
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 

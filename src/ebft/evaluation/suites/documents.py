@@ -34,8 +34,10 @@ class DocumentSuite(Suite):
         if config.max_documents is not None:
             dataset = dataset.select(range(min(len(dataset), config.max_documents)))
         self.documents = list(tokenize_documents(dataset, self.tokenizer, max_length=max_length))
-        lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
-        self.settings = config.document_settings(lengths)
+        self.settings = config.document_settings((1,))
+        if self.settings.samples:
+            lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
+            self.settings = config.document_settings(lengths)
         self.axes = self.settings.axes
 
     def _max_length(self) -> int:

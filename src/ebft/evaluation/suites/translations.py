@@ -73,8 +73,9 @@ class TranslationSuite(Suite):
         """COMET of each segment, as records of sums and counts."""
         settings = {"comet": self.config.comet_model}
         file = turn.records("translation-comet", settings, [[asdict(s) for s in self.segments], list(hypotheses)])
-        if not file.records:
+        if len(file.records) < len(hypotheses):
             self.session.console.print(f"{turn.name}: COMET ({self.config.comet_model})", highlight=False)
+            turn.release()
             gpus = int(self.session.device.type == "cuda")
             scores = comet.comet_scores(self.segments, hypotheses, model=self.config.comet_model, gpus=gpus)
             file.append([{"id": i, "score": score} for i, score in enumerate(scores)])

@@ -40,6 +40,12 @@ def write(path: Path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def edit(records: Path, **values) -> None:
+    """Change all records of a file, not its settings in the first line."""
+    first, *lines = records.read_text().splitlines()
+    records.write_text("".join(f"{line}\n" for line in (first, *(json.dumps(json.loads(x) | values) for x in lines))))
+
+
 @pytest.fixture
 def run(workplace, tmp_path, monkeypatch, capsys):
     """Runs `ebft evaluate` in the workplace; exit status and what went to stderr."""
@@ -163,12 +169,21 @@ def test_code_and_translation(run, tmp_path):
     records = (tmp_path / "out" / "records" / "sft-problems.jsonl-sampled.jsonl").read_text().splitlines()
     assert len(json.loads(records[1])["samples"]) == 3 == len(json.loads(records[1])["verdicts"])
     pairs = {row["measure"]: row for row in results if row["model"] == "ebft - sft"}
-    row = pairs["de-en/chrF (first)"]
-    assert row["mean"] == pytest.approx(numbers["ebft", row["measure"]] - numbers["sft", row["measure"]])
-    assert 0 < row["p_value"] <= 1 and "p = " in printed.out
+    assert 0 < pairs["de-en/chrF (first)"]["p_value"] <= 1 and "p = " in printed.out
     shutil.rmtree(tmp_path / "out" / "plots")
     assert run(*tasks, *options)[0] == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"] == results
+
+    # Marks in the records: nothing is written, run or translated again, and a difference has the right sign.
+    edit(tmp_path / "out" / "records" / "ebft-translation-greedy.jsonl", hypotheses=["the dog"])
+    edit(tmp_path / "out" / "records" / "ebft-problems.jsonl-greedy.jsonl", verdicts=["passed"])
+    assert run(*tasks, *options)[0] == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    numbers = {(row["model"], row["measure"]): row["mean"] for row in results}
+    assert numbers["ebft", "de-en/chrF (first)"] == pytest.approx(100)
+    difference = numbers["ebft - sft", "de-en/chrF (first)"]
+    assert difference == pytest.approx(100 - numbers["sft", "de-en/chrF (first)"]) and difference > 50
+    assert numbers["ebft - sft", "problems.jsonl/greedy/pass@1"] == 1
 
 
 @pytest.mark.parametrize(

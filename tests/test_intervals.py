@@ -41,8 +41,10 @@ def test_difference_is_paired():
 
 @pytest.mark.parametrize("documents", [21, 29, 30, 46, 47])
 def test_interval_of_equal_documents_holds_the_mean(documents):
-    mean, low, high = DocumentMean(torch.full((documents,), 1 / 3).double(), torch.ones(documents)).estimate()
-    assert low <= mean <= high
+    for value in (1 / 3, 2 / 3, 0.2, 0.4):
+        sums = torch.full((documents,), value, dtype=torch.float64)
+        mean, low, high = DocumentMean(sums, torch.ones(documents)).estimate()
+        assert low <= mean <= high
 
 
 def test_empty_mean_is_an_error():

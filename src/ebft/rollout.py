@@ -200,8 +200,6 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
             parts.append((tokens, logits.gather(-1, tokens) - known[0], known[1].expand_as(noise)))
         else:
             parts.append((tokens, *logits.new_zeros(noise.shape).expand(2, *noise.shape)))
-    if not parts:
-        return [uniforms.long(), uniforms.float(), uniforms.float()]
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 

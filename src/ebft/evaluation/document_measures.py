@@ -272,8 +272,11 @@ def feature_matching_sums(
     losses = feature_matching_loss(generated[:, :, last], reference[:, :, last])  # [B, K, L]
     valid = layout.expand(len(tokens))[1].to(losses.device)
     sums = losses.double().where(valid[..., None], 0).sum(1)
-    first = (losses[:, :1].sum(1), reference[:, :1][:, :, last].sum(1))  # of none: 0
-    return {"feature_matching_loss": (sums, valid.sum(-1))}, tuple(x.double().cpu() for x in first)  # type: ignore
+    first_loss, first_reference = losses[:, :1].sum(1), reference[:, :1][:, :, last].sum(1)  # of none: 0
+    return {"feature_matching_loss": (sums, valid.sum(-1))}, (
+        first_loss.double().cpu(),
+        first_reference.double().cpu(),
+    )
 
 
 def _of_group(records: list[Record], document_id: int) -> Record:

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -130,7 +131,7 @@ class Turn:
         return self.session.progress(f"{self.name}: {text}", total)
 
 
-class Suite:
+class Suite(ABC):
     """Something that models are measured on.
 
     A suite loads and checks everything when it is made, so that bad input ends the call before any work.
@@ -145,9 +146,9 @@ class Suite:
         """What is loaded once all suites are found to be usable; returns what results.json shall say of it."""
         return {}
 
+    @abstractmethod
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """Measure a model: measure -> a sum and a count of each unit, the same units for every model."""
-        raise NotImplementedError
 
     def rows(self) -> list[Row]:
         """After all models: numbers that are no means over units."""

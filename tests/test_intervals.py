@@ -39,9 +39,9 @@ def test_difference_is_paired():
         _ = one - DocumentMean(shared, 2 * counts)
 
 
-@pytest.mark.parametrize("documents", [21, 29, 30, 46, 47])
+@pytest.mark.parametrize("documents", [17, 21, 34, 37, 44])
 def test_interval_of_equal_documents_holds_the_mean(documents):
-    for value in (1 / 3, 2 / 3, 0.2, 0.4):
+    for value in (1 / 3, 0.2, 0.3, 0.9):
         sums = torch.full((documents,), value, dtype=torch.float64)
         mean, low, high = DocumentMean(sums, torch.ones(documents)).estimate()
         assert low <= mean <= high

@@ -50,8 +50,10 @@ def parser() -> argparse.ArgumentParser:
         )
     p.add_argument("--batch", type=int, default=4, help="documents of an update")
     p.add_argument("--micro_batch", type=int, default=1, help="documents at a time, in every stage")
+    p.add_argument("--generation_batch", type=int, default=1, help="documents that ours samples at a time, or more")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: under autocast")
     p.add_argument("--attn_implementation", default="sdpa", help="of ours; published and SFT take sdpa")
+    p.add_argument("--liger", action="store_true", help="Liger's norms, MLPs and rotary embedding, in all arms")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 is full fine-tuning")
     p.add_argument("--gradient_checkpointing", action="store_true", help="in all arms")
     p.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -112,6 +114,7 @@ def read_options(args: argparse.Namespace) -> Options:
         attention=args.attn_implementation,
         lora=args.lora,
         checkpointing=args.gradient_checkpointing,
+        liger=args.liger,
         seed=args.seed,
     )
 
@@ -119,7 +122,7 @@ def read_options(args: argparse.Namespace) -> Options:
 def read_workloads(args: argparse.Namespace) -> dict[str, Workload]:
     """The settings, with what was given explicitly."""
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    sizes = given | {"batch": args.batch, "micro_batch": args.micro_batch}
+    sizes = given | {"batch": args.batch, "micro_batch": args.micro_batch, "generation_batch": args.generation_batch}
     return {name: Workload(**(SETTINGS[name] | sizes)) for name in args.setting}
 
 

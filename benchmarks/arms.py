@@ -21,6 +21,7 @@ from ebft.advantages import leave_one_out
 from ebft.attention import enable_block_attention
 from ebft.features import FeatureNetwork
 from ebft.forward import causal_lm
+from ebft.liger import take_liger_kernels
 from ebft.logprobs import LogProbs, document_and_block_loss
 from ebft.losses import cross_entropy, mixed_loss, policy_loss
 from ebft.rewards import feature_matching_rewards
@@ -43,6 +44,7 @@ class Options:
         attention: `attn_implementation` of ours; the other two take plain sdpa.
         lora: Rank of adapters on all linear layers; 0 for full fine-tuning.
         checkpointing: Gradient checkpointing.
+        liger: Liger's kernels in place of the model's own norms, MLPs and rotary embedding.
         seed: Of weights, documents and noise.
     """
 
@@ -53,6 +55,7 @@ class Options:
     attention: str = "sdpa"
     lora: int = 0
     checkpointing: bool = False
+    liger: bool = False
     seed: int = 0
 
 
@@ -90,6 +93,8 @@ class Bench:
             self.feature_model = self.policy  # its adapters are switched off
         else:
             self.feature_model = copy.deepcopy(self.policy).to(options.dtype).requires_grad_(False).eval()
+        for model in {causal_lm(x) for x in (self.policy, self.feature_model)} if options.liger else ():
+            take_liger_kernels(model)
         if options.checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.network = FeatureNetwork(self.feature_model, FEATURE_LAYERS)
@@ -264,6 +269,15 @@ class Ours(Scheme):
         return sample_blocks(
             self.bench.policy, input_ids, self.layout, w.num_generations, temperature=w.temperature, uniforms=uniforms
         )
+
+    def sampling(self) -> None:
+        """Rollouts of all documents, of several micro-batches at a time."""
+        w = self.workload
+        size, self.tokens = max(1, w.generation_batch // w.micro_batch), []
+        with self.bench.autocast():
+            for first in range(0, len(self.documents), size):
+                ids, noise = (torch.cat(x[first : first + size]) for x in (self.documents, self.uniforms))
+                self.tokens += self.sample(ids, noise).split(w.micro_batch)
 
     def embed(self, input_ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `ebft.features`."""

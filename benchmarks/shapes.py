@@ -44,6 +44,7 @@ class Workload:
         pooling: Of the features, `last_token` or `mean_pooling`.
         batch: Documents of an update.
         micro_batch: Documents at a time.
+        generation_batch: Documents that ours samples at a time; at least a micro-batch.
         temperature: Of the rollouts.
 
     Raises:
@@ -58,10 +59,19 @@ class Workload:
     pooling: str = "last_token"
     batch: int = 4
     micro_batch: int = 1
+    generation_batch: int = 1
     temperature: float = 0.6
 
     def __post_init__(self):
-        for name in ("max_length", "context_length", "stride", "completion_length", "batch", "micro_batch"):
+        for name in (
+            "max_length",
+            "context_length",
+            "stride",
+            "completion_length",
+            "batch",
+            "micro_batch",
+            "generation_batch",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_generations < 2:

@@ -1,11 +1,13 @@
 """Interleaved measurements: every stage of all arms in turn, again and again; peaks of memory apart."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks.arms import ARMS, Bench
+from benchmarks.arms import ARMS, Arm, Bench, Ours
 from benchmarks.counts import forwards
 from benchmarks.shapes import Workload
 from ebft.measuring import matrix_rate, peak_memory, seconds
@@ -95,10 +97,10 @@ def warm_up(cases: list[Case], bench: Bench, bar: Bar, *, peaks: bool) -> list[C
         bar.warm_up(case)
         try:
             for _ in range(bar.passes):
-                for stage in arm.stages:
-                    getattr(arm, stage)()
-            for stage in arm.stages if peaks else ():
-                case.peaks[stage] = peak_memory(getattr(arm, stage), bench.options.device)
+                for run in _stages(arm, case, bench).values():
+                    run()
+            for stage, run in _stages(arm, case, bench).items() if peaks else ():
+                case.peaks[stage] = peak_memory(run, bench.options.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -106,6 +108,22 @@ def warm_up(cases: list[Case], bench: Bench, bar: Bar, *, peaks: bool) -> list[C
             continue
         fitting.append(case)
     return fitting
+
+
+def _stages(arm: Arm, case: Case, bench: Bench) -> dict[str, Callable[[], Any]]:
+    """The stages of a micro-batch; where more documents are sampled at a time, sampling is that of so many."""
+    runs: dict[str, Callable[[], Any]] = {stage: getattr(arm, stage) for stage in arm.stages}
+    w = case.workload
+    if w.generation_batch > w.micro_batch and isinstance(arm, Ours) and "sampling" in runs:
+        many = Ours(bench, replace(w, batch=min(w.batch, w.generation_batch)))
+
+        def sampling() -> None:
+            many.prepare()
+            many.sampling()
+            arm.tokens = many.tokens[:1]
+
+        runs["sampling"] = sampling
+    return runs
 
 
 def measure(cases: list[Case], bench: Bench, repeats: int, bar: Bar) -> list[float]:

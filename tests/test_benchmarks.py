@@ -157,7 +157,8 @@ def test_command_line_writes_table_csv_json_and_plot(tmp_path, capsys):
 
 
 def test_lora_bfloat16_and_checkpointing_run(tmp_path):
-    options = ["--lora", "2", "--dtype", "bfloat16", "--gradient_checkpointing", "--micro_batch", "2"]
+    options = ["--lora", "2", "--dtype", "bfloat16", "--gradient_checkpointing", "--micro_batch", "1"]
+    options += ["--generation_batch", "2"]
     main([*ARGS, *options, "--output", str(tmp_path)])
     rows = json.loads((tmp_path / "run.json").read_text())["rows"]
     assert {row["arm"] for row in rows} == set(ARMS) - {"ours_reused"}, "it keeps what checkpointing would not"

@@ -100,7 +100,7 @@ REFUSED = {
     "fp16_full_eval": (dict(fp16_full_eval=True), "fp16_full_eval=True: .* leave it off"),
     "neftune_noise_alpha": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0: .* unset it"),
     "label_smoothing_factor": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1: .* set it to 0"),
-    "use_liger_kernel": (dict(use_liger_kernel=True), "use_liger_kernel=True: .* leave it off"),
+    "use_liger_kernel": (dict(use_liger_kernel=True), "use_liger_kernel=True needs a package: pip install"),
     "torch_compile": (dict(torch_compile=True), "torch_compile=True: .* leave it off"),
     "remove_unused_columns": (dict(remove_unused_columns=True), "remove_unused_columns=True: .* leave it off"),
     "no pairs without rollouts": (

@@ -1,9 +1,9 @@
 """Block-parallel attention: all rollouts of a document share its keys and values.
 
 A packed row is one document followed by its rollouts. A dense mask over that row would spend most of its work on pairs
-that may not attend, so the row is cut up: the document attends to itself causally, and a few neighbouring rollouts
-at a time attend to the prefix they share plus their own tokens. `BlockLayout.attention_mask` is the definition
-this must agree with.
+that may not attend. On a GPU flex attention skips them (`flex`). Elsewhere the row is cut up: the document attends to
+itself causally, and a few neighbouring rollouts at a time attend to the prefix they share plus their own tokens, on a
+CPU in two parts (`merged`). `BlockLayout.attention_mask` is the definition all must agree with.
 
 The models reach this code through transformers' `AttentionInterface`; without a plan it is their ordinary attention.
 Shape letters: B rows, R = K*N rollouts, S steps (tokens of a rollout), P document tokens, T packed tokens, H key
@@ -18,17 +18,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ._compat import attention_of, set_attention
 from .blocks import BlockLayout
+from .flex import block_mask, can_flex, flex
 from .merged import merged_attention
 
-# Where `merged` does not do it: a chunk's rollouts all see each other's keys before masking, so a larger chunk wastes
-# work and a smaller one has more overhead; 64 to 256 keys are alike on a CPU. An accelerator pays for every launch:
-# four times fewer (counted, not measured).
+# Where neither `flex` nor `merged` does it: a chunk's rollouts all see each other's keys before masking, so a larger
+# chunk wastes work and a smaller one has more overhead; 64 to 256 keys are alike on a CPU. An accelerator pays for
+# every launch: four times fewer (counted, not measured).
 KEYS_PER_CHUNK_ON_CPU = 128
 KEYS_PER_CHUNK = 512
 PREFIX = "ebft_"  # of the names our attention is registered under
@@ -112,6 +114,10 @@ class BlockPlan:
         begin, end = self.prefix_starts[:, first:last][used].min(), self.anchors[:, first:last][used].max()
         return Chunk(first, last, int(begin), int(end))
 
+    def is_causal(self, window: int | None) -> bool:
+        """Whether there are documents alone and nothing but causal order among their tokens."""
+        return not self.decoding and not len(self.query_steps) and self.document_mask(window) is None
+
     def document_mask(self, window: int | None) -> Tensor | None:
         """BoolTensor [B, 1, P, P], or None where causal order alone is right (padding on the right is never seen)."""
         doc_ids = self.layout.doc_ids
@@ -174,6 +180,12 @@ class BlockPlan:
             self._masks[key] = torch.cat([prefix, own.expand(len(prefix), 1, -1, -1)], dim=-1)
         return self._masks[key]
 
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The whole forward's mask for flex attention."""
+        if ("block", window) not in self._masks:
+            self._masks["block", window] = block_mask(self, window)
+        return self._masks["block", window]
+
     def own_states(self, states: Tensor) -> list[Tensor]:
         """Each chunk's own keys or values out of those of all rollouts [B, H, R*S, d]."""
         sizes = [chunk.last - chunk.first for chunk in self.chunks]
@@ -227,6 +239,7 @@ def attend(
     scaling=None,
     window=None,
     softcap=None,
+    compiled=True,
 ) -> Tensor:
     """Attention of one packed forward.
 
@@ -239,10 +252,15 @@ def attend(
         scaling: Of the scores; 1 / sqrt(d) by default.
         window: Sliding window of this layer, or None.
         softcap: Cap of the scores (Gemma 2), or None.
+        compiled: Whether a compiled kernel may do it, where there is one.
 
     Returns:
         [B, Q, T, d].
     """
+    if compiled and can_flex(query, value, softcap) and not plan.is_causal(window):
+        if document is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(document, (key, value), strict=True))
+        return flex(query, key, value, plan.block_mask(window), scaling)
     parts, own = [], (key, value)
     if document is None:
         # `split`, here and below: the backward of a slice fills a tensor of zeros as large as the whole.
@@ -291,7 +309,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         scores = query @ key.transpose(-1, -2) * (d**-0.5 if scaling is None else scaling)
         scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
         out = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-    return out.view(B, heads, C, value.shape[-1])
+    return out.reshape(B, heads, C, value.shape[-1])  # some kernels' output is laid out otherwise
 
 
 def _forward(
@@ -305,6 +323,7 @@ def _forward(
     dropout=0.0,
     block_plan=None,
     block_cache=None,
+    compiled=True,
     **kwargs,
 ):
     """What transformers calls. Returns ([B, T, Q, d], None), as its own attention functions do."""
@@ -317,7 +336,8 @@ def _forward(
             )
     window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
     document = block_cache.documents[module.layer_idx] if block_cache is not None and block_plan.decoding else None
-    out = attend(query, key, value, block_plan, document, scaling=scaling, window=window, softcap=softcap)
+    options = {"scaling": scaling, "window": window, "softcap": softcap, "compiled": compiled}
+    out = attend(query, key, value, block_plan, document, **options)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -330,7 +350,7 @@ def _ebft_sdpa(*args, **kwargs):
 
 
 def _ebft_eager(*args, **kwargs):
-    return _forward(_eager, *args, **kwargs)
+    return _forward(_eager, *args, compiled=False, **kwargs)
 
 
 AttentionInterface.register(PREFIX + "sdpa", _ebft_sdpa)
@@ -351,7 +371,7 @@ def enable_block_attention(model: PreTrainedModel) -> None:
     if name not in ("sdpa", "eager"):
         raise ValueError(
             f"attn_implementation='{name}' cannot express block rollouts; load the model with "
-            "attn_implementation='sdpa' (block-parallel attention is used on top of it)."
+            "attn_implementation='sdpa' (block-parallel attention is used on top of it; on a GPU, flex attention)."
         )
     set_attention(model.config, PREFIX + name)
 

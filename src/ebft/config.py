@@ -5,10 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
 from .features import NORMS, POOLINGS, REDUCTIONS
+from .liger import LOSSES as LIGER_LOSSES
+from .liger import WITHOUT_LOSSES
 from .losses import DECAYS, KL_ESTIMATORS, LOSS_NORMALIZATIONS
 from .rewards import ALIGNMENTS, WHITENINGS
 
@@ -21,6 +24,7 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) ->
 
 
 LONGEST_REUSED = 16  # tokens of a block
+SAMPLED_AT_ONCE = 16  # documents, on an accelerator: with the paper's blocks a step of decoding is then 8,000 tokens
 
 
 @dataclass
@@ -90,6 +94,12 @@ class EBFTConfig(TrainingArguments):
         "with FSDP, DeepSpeed, kl_estimator k2 or k3, or a changed `sample` or `compute_policy_loss`.",
     )
 
+    per_device_generation_batch_size: int | None = _setting(
+        None,
+        "Documents (rows when packed) whose rollouts are sampled at a time, of one optimiser step; at least a "
+        f"micro-batch. Default: {SAMPLED_AT_ONCE}, on the CPU a micro-batch.",
+    )
+
     # --- data ---
     packing: bool = _setting(False, "Pack whole documents into rows of max_length.")
     document_masking: bool = _setting(
@@ -149,6 +159,7 @@ class EBFTConfig(TrainingArguments):
         self._check_ranges()
         self._check_combinations()
         self._check_refused()
+        self._check_liger()
 
     def _check_choices(self) -> None:
         for name, spec in self.__dataclass_fields__.items():
@@ -167,6 +178,10 @@ class EBFTConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         sizes = ("stride", "context_length", "completion_length", "num_generations")
+        if self.per_device_generation_batch_size is not None and self.per_device_generation_batch_size < 1:
+            raise ValueError(
+                f"per_device_generation_batch_size={self.per_device_generation_batch_size} must be at least 1."
+            )
         batch = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         for name in (*sizes, *batch):
             if getattr(self, name) < 1:
@@ -205,6 +220,12 @@ class EBFTConfig(TrainingArguments):
         short = self.completion_length <= LONGEST_REUSED
         return device.type == "cpu" and short and not self.checkpoints_activations
 
+    def rows_sampled_on(self, device: torch.device) -> int:
+        """Documents whose rollouts are sampled at a time on `device`."""
+        chosen = self.per_device_generation_batch_size or (1 if device.type == "cpu" else SAMPLED_AT_ONCE)
+        in_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(self.per_device_train_batch_size, min(chosen, in_step))
+
     @property
     def checkpoints_activations(self) -> bool:
         """Gradient checkpointing, by its name before or since transformers 5.23."""
@@ -235,6 +256,22 @@ class EBFTConfig(TrainingArguments):
                 "leave alignment unset or set whitening: none."
             )
 
+    def _check_liger(self) -> None:
+        if not self.use_liger_kernel:
+            return
+        given = self.liger_kernel_config or {}
+        losses = [name for name in LIGER_LOSSES if given.get(name)]
+        if losses:
+            raise ValueError(
+                f"liger_kernel_config: {losses[0]} replaces the forward that block rollouts need: leave it out "
+                "(the LM head runs in chunks anyway)."
+            )
+        if not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel=True needs a package: pip install 'ebft[liger]'.")
+        if self.use_cpu or not torch.cuda.is_available():
+            raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
+        self.liger_kernel_config = {**given, **WITHOUT_LOSSES}
+
     def _check_refused(self) -> None:
         reasons = {
             "fp16": "float16 is not supported: use bf16: true, or neither for float32",
@@ -244,7 +281,6 @@ class EBFTConfig(TrainingArguments):
             "fp16_full_eval": "it would round the float32 weights: leave it off",
             "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
             "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
-            "use_liger_kernel": "it replaces the forward that block rollouts need: leave it off",
             "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
             "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
             "remove_unused_columns": "the collator chooses its columns itself: leave it off",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import noise
+from .ahead import joined, split
 from .blocks import BlockLayout
 from .config import EBFTConfig
 from .experience import Experience, experience_sums
@@ -98,14 +99,24 @@ class Cut:
 
             loss = sample_and_sum(*self._sampled, weigh, uniforms=self._uniforms(), **self.options)[0]
         else:
-            rollouts = sample_rollouts(*self._sampled, uniforms=self._uniforms(), **self.args.sampling)
-            laps.end("sampling")
+            rollouts = self._sample_together(laps)
             self._judge(rollouts, laps)
             loss = self._loss(rollouts.tokens, self.layout)
         loss.backward()
         laps.end("update")
         self.policy.zero_grad()
         return laps.seconds
+
+    def _sample_together(self, laps: Laps) -> Rollouts:
+        """The micro-batch's rollouts, beside as many like it as a run samples at a time; its share of that time."""
+        count = max(1, self.args.rows_sampled_on(self.device) // len(self.layout.anchors))
+        together = joined([self.batch] * count)
+        options: dict[str, Any] = {"uniforms": self._uniforms().repeat(count, 1, 1, 1), **self.args.sampling}
+        inputs = together["input_ids"], together["layout"], self.method.rollouts
+        rollouts = sample_rollouts(self.policy, *inputs, **options)
+        laps.end("sampling")
+        laps.seconds["sampling"] /= count
+        return split(rollouts, [self.batch] * count)[0]
 
     @property
     def _sampled(self) -> tuple[Any, Any, BlockLayout, int]:

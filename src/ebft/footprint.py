@@ -66,9 +66,10 @@ class Footprint:
         checkpointing: Keep only the input of each layer, and compute the rest again.
         accumulates: Several micro-batches per update: gradients stay between them.
         processes: With more than one, gradients are copied into buckets to be summed.
+        sampled: Rows that are sampled at a time, where that is more than a micro-batch.
         rows_per_chunk: Rows of logits that are computed at a time.
         keys_per_chunk: Own keys of the rollouts that are attended together with one copy of their prefix; None where
-            attention copies nothing (`merged`).
+            attention copies nothing (`merged`, `flex`).
         masked: The documents' own attention takes a mask: they are packed, or a layer has a sliding window.
         capped_heads: Query heads whose scores are capped (Gemma 2), for which all scores are kept; or 0.
     """
@@ -83,6 +84,7 @@ class Footprint:
     checkpointing: bool = False
     accumulates: bool = True
     processes: int = 1
+    sampled: int = 1
     rows_per_chunk: int = 2**10
     keys_per_chunk: int | None = None
     masked: bool = False
@@ -131,7 +133,7 @@ class Footprint:
             backward -= copies * (1 - 1 / policy.layers)  # made again, a layer at a time
         stages = {}
         if row.blocks:
-            parts |= {} if self._reuses(row) else {"KV cache": self._cache(tokens.packed)}
+            parts |= {} if self._reuses(row) else {"KV cache": self._cache(self._sampled(row, batch_size).packed)}
             stages = self._without_gradient(row, batch_size, copies, kept)
         stages["update"] = copies + kept + max(logits + HEAD_HIDDEN * inputs, backward)
         growing = 0 if self.accumulates or self.processes > 1 else lasting["gradients"]
@@ -150,13 +152,10 @@ class Footprint:
         """The most that sampling, features and reference hold; on top of the activations, if these are there."""
         tokens, reuses = self._tokens(row, batch_size), self._reuses(row)
         hidden = tokens.packed * self.residual * self.policy.hidden
-        draw = DRAW_COPIES * FLOAT32 * self.policy.vocabulary * min(tokens.step, self.rows_per_chunk)
         if reuses:
-            stages, before = {"sampling": copies + kept + draw}, copies + kept + hidden
+            stages, before = {"sampling": copies + kept + self._draw(tokens)}, copies + kept + hidden
         else:
-            prefill = self._cache(tokens.document) + self._passing(self.policy, tokens.document, self.residual)
-            decoding = max(draw, HEAD_HIDDEN * hidden, self._passing(self.policy, tokens.step, self.residual))
-            stages, before = {"sampling": copies + max(prefill, self._cache(tokens.packed) + decoding)}, 0
+            stages, before = {"sampling": copies + self._sampling(self._sampled(row, batch_size))}, 0
         if self.feature is not None:
             scored = tokens.document + tokens.step * self.method.completion_length
             other_taps = self.compute * self.feature.hidden * (self.taps - 1)
@@ -166,6 +165,19 @@ class Footprint:
             chunk = self._per_logit() * self.policy.vocabulary * min(tokens.packed, self.rows_per_chunk)
             stages["reference"] = before + max(passing, 2 * hidden + chunk)
         return stages
+
+    def _sampling(self, tokens: "_Tokens") -> float:
+        """The most that a prefill or a step of decoding holds."""
+        prefill = self._cache(tokens.document) + self._passing(self.policy, tokens.document, self.residual)
+        hidden = HEAD_HIDDEN * tokens.packed * self.residual * self.policy.hidden
+        step = max(self._draw(tokens), hidden, self._passing(self.policy, tokens.step, self.residual))
+        return max(prefill, self._cache(tokens.packed) + step)
+
+    def _draw(self, tokens: "_Tokens") -> float:
+        return DRAW_COPIES * FLOAT32 * self.policy.vocabulary * min(tokens.step, self.rows_per_chunk)
+
+    def _sampled(self, row: Work, batch_size: int) -> "_Tokens":
+        return self._tokens(row, max(batch_size, self.sampled))
 
     def _cache(self, tokens: float) -> float:
         """Bytes of keys, which the rotation makes as wide as what is between the layers, and values."""
@@ -257,8 +269,8 @@ class _Tokens(NamedTuple):
 
 
 def largest_batch(footprint: Footprint, row: Work, limit: float) -> int:
-    """Most rows like `row` whose total is within `limit` bytes; 0 if not even one is."""
-    fits, too_many = 0, 1
+    """Most rows like `row`, sampled by themselves, whose total is within `limit` bytes; 0 if not even one is."""
+    footprint, fits, too_many = replace(footprint, sampled=1), 0, 1
     while footprint.memory(row, too_many)["total"] <= limit:
         fits, too_many = too_many, 2 * too_many
     while too_many - fits > 1:
@@ -280,6 +292,8 @@ def what_fits(footprint: Footprint, row: Work, batch_size: int, accumulation: in
         accumulation: Micro-batches of an update.
         limit: Bytes of the device.
     """
+    if footprint.sampled > batch_size and largest_batch(footprint, row, limit) >= batch_size:
+        return f"set per_device_generation_batch_size: {batch_size}"
     smaller = _divisor(batch_size, largest_batch(replace(footprint, accumulates=True), row, limit))
     if 0 < smaller < batch_size:
         return _the_same_update(batch_size, smaller, accumulation)

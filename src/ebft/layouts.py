@@ -1,12 +1,15 @@
 """The blocks of a batch: where completions start, and which blocks this visit takes."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import noise
-from .blocks import BlockLayout
+from .blocks import PADDING, BlockLayout
 from .config import EBFTConfig
 
 
@@ -41,6 +44,26 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
     if step is not None and args.max_blocks is not None:
         layout = noise.random_subset(layout, ids, args.max_blocks, seed=args.seed, step=step)
     return layout
+
+
+def joined_layout(layouts: Sequence[BlockLayout]) -> BlockLayout:
+    """The rows of several layouts from documents in one, for sampling: what each block stands for is left out."""
+    doc_ids = stacked([x.doc_ids for x in layouts if x.doc_ids is not None], PADDING)
+    return replace(
+        layouts[0],
+        length=doc_ids.shape[1],
+        anchors=stacked([x.anchors for x in layouts], 1),
+        valid=stacked([x.valid for x in layouts], False),
+        prefix_starts=stacked([x.prefix_starts for x in layouts], 0),
+        doc_ids=doc_ids,
+        multiplicity=None,
+    )
+
+
+def stacked(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """Tensors [B, L], one below the other, padded on the right to the longest."""
+    longest = max(x.shape[1] for x in tensors)
+    return torch.cat([pad(x, (0, longest - x.shape[1]), value=value) for x in tensors])
 
 
 def no_rollouts(inputs: dict[str, Any]) -> tuple[Tensor, BlockLayout]:

@@ -149,7 +149,7 @@ def run_footprint(
     lm, device = causal_lm(policy), device or args.device
     config: Any = lm.config.get_text_config()
     window, capped = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
-    keys_per_chunk = KEYS_PER_CHUNK if device.type != "cpu" else KEYS_PER_CHUNK_ON_CPU if capped else None
+    keys_per_chunk = (KEYS_PER_CHUNK_ON_CPU if device.type == "cpu" else KEYS_PER_CHUNK) if capped else None
     return Footprint(
         weights=weights_held(policy, network, reference, frozen),
         method=run_method(args, policy, network, reference, device),
@@ -161,6 +161,7 @@ def run_footprint(
         checkpointing=args.checkpoints_activations,
         accumulates=args.gradient_accumulation_steps > 1,
         processes=processes,
+        sampled=args.rows_sampled_on(device),
         rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
         keys_per_chunk=keys_per_chunk,
         masked=bool((args.packing and args.document_masking) or (window and window < args.max_length)),

@@ -17,6 +17,7 @@ from transformers import EvalPrediction
 from . import advantages as advantage_estimators
 from . import losses, models, noise
 from ._compat import loss_is_whole_steps
+from .ahead import SamplingAhead
 from .artifacts import check_output_dir
 from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
@@ -25,6 +26,7 @@ from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .layouts import batch_layout, no_rollouts
+from .liger import take_liger_kernels
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
@@ -116,7 +118,14 @@ class EBFTTrainer(RecordedTrainer):
         self.reference_model = (
             models.load_reference(policy, new_adapter=peft_config is not None) if args.beta and args.rl_coef else None
         )
+        if args.use_liger_kernel:  # transformers patches the policy alone
+            frozen = (self.feature_network and self.feature_network.model, self.reference_model)
+            for network in {x for x in frozen if x is not None and x is not policy}:
+                take_liger_kernels(network, args.liger_kernel_config)
         self._user_metrics, self._formatting_func = compute_metrics, formatting_func
+        # A `sample` that somebody wrote is given the batches as they are.
+        ours = type(self).sample is EBFTTrainer.sample
+        self._ahead = SamplingAhead(lambda batch: self.sample(batch), args.rows_sampled_on(args.device) if ours else 1)
         super().__init__(
             base_name=base_name,
             model=policy,
@@ -177,6 +186,7 @@ class EBFTTrainer(RecordedTrainer):
         totals = torch.tensor([float(tokens), float(blocks), float(count)], dtype=torch.float64)
         tokens, blocks, count = self.sum_over_ranks(totals).tolist()
         self.count_tokens(int(count))
+        self._ahead.begin_step(batches)
         return batches, StepTotals(tokens, blocks)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch: Any = None):
@@ -189,7 +199,7 @@ class EBFTTrainer(RecordedTrainer):
         elif self._reuses_sampling_forward():
             loss, log_probs = self._loss_of_one_forward(model, objective)
         else:
-            rollouts = self.sample(inputs)
+            rollouts = self._ahead.rollouts(inputs)
             self._judge(objective, rollouts)
             loss, log_probs = self._loss_of_rollouts(model, objective, rollouts.tokens, inputs["layout"])
         self._record(objective, log_probs, loss)

@@ -36,6 +36,11 @@ STRONG = [name for name in HERE if name != "weak"]
 STRONGEST = STRONG[:1]  # for what has nothing to do with the layer
 APART = [True, False]  # whether code and tests run in two processes
 
+strong = pytest.mark.parametrize("layer", STRONG)
+strongest = pytest.mark.parametrize("layer", STRONGEST)
+every = pytest.mark.parametrize("layer", ALL)
+modes = pytest.mark.parametrize("apart", APART, ids=["apart", "together"])
+
 
 def run(name: str, code: str, tests: str, apart: bool = True, entry_point: str = "double", limits=QUICK) -> Outcome:
     return sandbox(name, limits).run(Program(code, tests, entry_point=entry_point if apart else None))
@@ -45,3 +50,26 @@ def still_judges(name: str) -> None:
     """A good program passes and a bad one fails."""
     assert run(name, *GOOD, apart=True).verdict is Verdict.PASSED
     assert run(name, *BAD, apart=False).verdict is Verdict.FAILED
+
+
+ATTEMPT = """
+import os
+def attempt(*steps):
+    done = []
+    for name, step in steps:
+        try:
+            step()
+            done.append(name)
+        except Exception:
+            pass
+    return done
+"""
+
+
+def achieves(layer, body, expected="[]", apart=True, before=ATTEMPT, limits=QUICK):
+    """Run `double`, whose result is compared out of its reach; then see that the layer still judges."""
+    code = before + "\ndef double(x):\n" + "".join(f"    {line}\n" for line in body.strip().splitlines())
+    tests = f"got = double(4)\nif got != {expected}: raise RuntimeError(str(got))"
+    outcome = run(layer, code, tests, apart, limits=limits)
+    still_judges(layer)
+    assert outcome.verdict is Verdict.PASSED, outcome

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 import oracles
 from ebft.blocks import BlockLayout
 from ebft.logprobs import block_log_probs
-from ebft.rollout import _normalizer_and_entropy, sample_blocks, sample_rollouts
+from ebft.rollout import _first_above, _normalizer_and_entropy, _search, sample_blocks, sample_rollouts
 from ragged import doc_ids_of, ragged_batch
 from test_logprobs import Wrapper, lora_model
 from tiny_models import CONFIGS, FLOAT32_ONLY, tiny_model
@@ -181,6 +181,35 @@ def test_extreme_uniforms_draw_tokens_of_the_support():
         noise = torch.full(shape, value, dtype=torch.float64)
         found = sample_rollouts(model, INPUT_IDS, LAYOUT, 2, top_k=3, uniforms=noise)
         assert found.log_probs[LAYOUT.valid].isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 300, 1024])
+@pytest.mark.parametrize("share", [1.0, 0.02])
+def test_search_in_two_steps_is_one_in_the_cumulative_sum(vocabulary, share):
+    """Of weights of which only a share is not 0; in float32 up to rounding, and never a token without weight."""
+    generator = seeded()
+    weights = torch.rand(50, vocabulary, generator=generator, dtype=torch.float64).pow(4)
+    weights *= torch.rand(weights.shape, generator=generator) < share
+    weights[:, torch.randint(vocabulary, (1,), generator=generator)] += 0.1
+    noise = torch.rand(50, 40, generator=generator, dtype=torch.float64)
+    noise[:, :2] = torch.tensor([0.0, 1 - 2**-53])
+    cumulative = weights.cumsum(-1)
+    plain = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True)
+    assert torch.equal(_search(weights, noise)[:, 2:], plain[:, 2:])
+    for dtype in (torch.float32, torch.float64):
+        found = _search(weights.to(dtype), noise.to(torch.float32))
+        assert (weights.gather(-1, found) > 0).all()
+        above = cumulative.gather(-1, found) / cumulative[:, -1:]
+        below = above - weights.gather(-1, found) / cumulative[:, -1:]
+        assert ((below < noise + 1e-5) & (noise - 1e-5 < above)).all()
+
+
+def test_a_height_on_the_border_of_two_columns_is_none_below_the_second():
+    weights = torch.rand(50, 300, generator=seeded())
+    at, within = _first_above(weights, weights.cumsum(-1)[:, :-1])
+    assert torch.equal(at, torch.arange(1, 300).expand(50, -1))
+    assert (within >= 0).all()
+    assert (within < 1e-3).all()
 
 
 def test_sampling_leaves_the_model_in_its_mode():

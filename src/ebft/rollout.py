@@ -16,6 +16,7 @@ from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, 
 from .lm_head import Support, restrict, rows_per_chunk
 from .logprobs import LogProbs, Rows
 
+GROUP = 128  # neighbouring tokens that are searched together
 LOWEST = -1e4  # logit in place of -inf, where the probability is 0 anyway
 
 
@@ -178,7 +179,8 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
     """Draw S tokens from each row of hidden states: rows [M, H], uniforms [M, S] -> tokens, log-probs, entropy [M, S].
 
     One uniform per token and a search in the cumulative distribution: `torch.multinomial` would draw noise for the
-    whole vocabulary, which on a CPU costs as much as the rest of sampling.
+    whole vocabulary, which on a CPU costs as much as the rest of sampling. In place where it may be: another array of
+    this size costs more than the passes over it.
     """
     temperature, top_k, top_p = support
     parts = []
@@ -189,26 +191,44 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
         if temperature not in (0, 1):
             logits = logits.div_(temperature)
         logits = restrict(logits, 1.0, top_k, top_p)
-        logits -= logits.amax(-1, keepdim=True)  # whoever keeps what the head returned sees it change
         tokens = logits.argmax(-1, keepdim=True).expand_as(noise) if temperature == 0 else None
-        # In place where it may be, not normalised: another array of this size costs more than the passes over it.
-        weights = logits.exp() if statistics else logits.exp_()
-        known = _normalizer_and_entropy(logits, weights, bool(top_k) or top_p < 1) if statistics else None
-        if tokens is None:
-            tokens = _search(torch.cumsum(weights, -1, out=weights), noise)
-        if known:
-            parts.append((tokens, logits.gather(-1, tokens) - known[0], known[1].expand_as(noise)))
-        else:
+        if not statistics:
+            if tokens is None:
+                tokens = _search(torch.softmax(logits, -1, out=logits), noise)
             parts.append((tokens, *logits.new_zeros(noise.shape).expand(2, *noise.shape)))
+            continue
+        logits -= logits.amax(-1, keepdim=True)  # whoever keeps what the head returned sees it change
+        weights = logits.exp()
+        normalizer, entropy = _normalizer_and_entropy(logits, weights, bool(top_k) or top_p < 1)
+        tokens = _search(weights, noise) if tokens is None else tokens
+        parts.append((tokens, logits.gather(-1, tokens) - normalizer, entropy.expand_as(noise)))
     return [torch.cat(x) for x in zip(*parts, strict=True)]
 
 
-def _search(cumulative: Tensor, noise: Tensor) -> Tensor:
-    """The first column whose cumulative weight [M, V] exceeds the share `noise` [M, S] of the total: [M, S]."""
-    total = cumulative[:, -1:]
-    # Rounded up to the total, a number just below 1 would draw the last token, however unlikely that one is.
-    below = (noise.to(total) * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, below, right=True).clamp(max=cumulative.shape[-1] - 1)
+def _search(weights: Tensor, noise: Tensor) -> Tensor:
+    """The first token [M, S] whose cumulative weight exceeds the share `noise` [M, S] of its row of weights [M, V].
+
+    In two steps, first among groups of tokens: a cumulative sum over all of them is slow on every device.
+    """
+    M, V = weights.shape
+    whole = V - V % GROUP
+    groups = weights[:, :whole].view(M, V // GROUP, GROUP).sum(-1)
+    sums = torch.cat([groups, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)  # the last may be of no token
+    group, rest = _first_above(sums, noise * sums.sum(-1, keepdim=True))
+    tokens = group[..., None] * GROUP + torch.arange(GROUP, device=weights.device)  # [M, S, GROUP]
+    inside = weights.gather(-1, tokens.clamp(max=V - 1).flatten(1)).view_as(tokens).where(tokens < V, 0.0)
+    return group * GROUP + _first_above(inside, rest[..., None])[0][..., 0]
+
+
+def _first_above(weights: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
+    """The first column [..., S] whose cumulative weight [..., C] is above a height, and the height within it, >= 0."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[..., -1:]
+    # Rounded up to the total, a height just below it would give the last column, however little weight that has.
+    heights = heights.to(total).minimum(total.nextafter(torch.zeros_like(total)))
+    at = torch.searchsorted(cumulative, heights, right=True).clamp(max=weights.shape[-1] - 1)
+    # Below 0 by rounding, the height would give the first column within, however little weight that has.
+    return at, (heights - cumulative.gather(-1, at) + weights.gather(-1, at)).clamp(min=0)
 
 
 def _normalizer_and_entropy(logits: Tensor, weights: Tensor, restricted: bool) -> tuple[Tensor, Tensor]:

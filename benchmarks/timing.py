@@ -115,7 +115,8 @@ def _stages(arm: Arm, case: Case, bench: Bench) -> dict[str, Callable[[], Any]]:
     runs: dict[str, Callable[[], Any]] = {stage: getattr(arm, stage) for stage in arm.stages}
     w = case.workload
     if w.generation_batch > w.micro_batch and isinstance(arm, Ours) and "sampling" in runs:
-        many = Ours(bench, replace(w, batch=min(w.batch, w.generation_batch)))
+        size = w.generation_batch - w.generation_batch % w.micro_batch
+        many = Ours(bench, replace(w, batch=min(w.batch, size)))
 
         def sampling() -> None:
             many.prepare()

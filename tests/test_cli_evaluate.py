@@ -32,6 +32,8 @@ def workplace(tmp_path_factory):
     asked = [{"prompt": "the quick brown", "completion": f" fox jumps over {i} dogs"} for i in range(3)]
     write(folder / "qa.jsonl", [*asked, {"prompt": "user: what is two", "completion": " and two? four."}])
     write(folder / "problems.jsonl", [{"id": "add", "prompt": "def add(a, b):\n", "tests": "assert add(1, 2) == 3"}])
+    write(folder / "long.jsonl", [{"translation": {"de": n * "x", "en": "y"}} for n in (1, 999)])
+    shutil.copytree(folder / "sft", folder / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
     return folder
 
@@ -128,6 +130,43 @@ def test_another_state_of_a_model_is_not_mixed(run, workplace, tmp_path):
     assert status == 2 and "other settings (files of the model)" in printed.err
 
 
+def test_records_of_a_later_model_are_checked_before_any_work(run, tmp_path):
+    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    (tmp_path / "out" / "results.json").unlink()
+    records = tmp_path / "out" / "records"
+    (records / "sft-documents.jsonl").unlink()
+    first, rest = (records / "ebft-documents.jsonl").read_text().split("\n", 1)
+    changed = json.dumps(json.loads(first) | {"state": "another"})
+    (records / "ebft-documents.jsonl").write_text(f"{changed}\n{rest}")
+    status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+    assert status == 2 and "other settings (files of the model)" in printed.err
+    assert len((records / "sft-documents.jsonl").read_text().splitlines()) == 1, "nothing is measured before"
+
+
+def test_another_batch_size_goes_on(run, tmp_path):
+    """No number of documents, nor a greedy completion, depends on it; the noise of sampling does."""
+    greedy = ("--translation", "pairs.jsonl", "--translation_direction", "de-en", "--max_new_tokens", "4")
+    sampled = (*greedy, "--best_of", "2")
+    for words, output, allowed in ((DOCUMENTS, "a", True), (greedy, "b", True), (sampled, "c", False)):
+        assert run(*words, output=output)[0] == 0
+        for _ in range(2):
+            status, printed = run(*words, "--batch_size", "3", "--generation_batch_size", "1", output=output)
+            assert (status == 0) == allowed, printed.err
+            assert allowed or "batch_size 64 -> 1" in printed.err
+            (tmp_path / output / "results.json").unlink(missing_ok=True)  # then the records decide
+
+
+def test_half_written_results_are_named(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    for text in ('{"config": {"see', "[]"):
+        (tmp_path / "out" / "results.json").write_text(text)
+        status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+        assert status == 2 and "results.json holds no results of an evaluation" in printed.err
+    (tmp_path / "out" / "results.json").unlink()
+    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    assert not list((tmp_path / "out").glob("*.unfinished"))
+
+
 def test_results_within_the_folder_of_a_model(run, workplace):
     words = ("--model_name_or_path", "ebft", "--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
     for _ in range(2):
@@ -166,7 +205,7 @@ def test_code_and_translation(run, tmp_path):
         assert numbers["ebft", f"problems.jsonl/sampled/pass@{k}"] == 0
     assert numbers["sft", "problems.jsonl/greedy/pass@1"] == 0
     assert 0 <= numbers["sft", "de-en/BLEU (first)"] <= 100
-    records = (tmp_path / "out" / "records" / "sft-problems.jsonl-sampled.jsonl").read_text().splitlines()
+    records = (tmp_path / "out" / "records" / "sft-code-problems.jsonl-sampled.jsonl").read_text().splitlines()
     assert len(json.loads(records[1])["samples"]) == 3 == len(json.loads(records[1])["verdicts"])
     pairs = {row["measure"]: row for row in results if row["model"] == "ebft - sft"}
     assert 0 < pairs["de-en/chrF (first)"]["p_value"] <= 1 and "p = " in printed.out
@@ -176,7 +215,7 @@ def test_code_and_translation(run, tmp_path):
 
     # Marks in the records: nothing is written, run or translated again, and a difference has the right sign.
     edit(tmp_path / "out" / "records" / "ebft-translation-greedy.jsonl", hypotheses=["the dog"])
-    edit(tmp_path / "out" / "records" / "ebft-problems.jsonl-greedy.jsonl", verdicts=["passed"])
+    edit(tmp_path / "out" / "records" / "ebft-code-problems.jsonl-greedy.jsonl", verdicts=["passed"])
     assert run(*tasks, *options)[0] == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     numbers = {(row["model"], row["measure"]): row["mean"] for row in results}
@@ -217,7 +256,15 @@ def test_code_and_translation(run, tmp_path):
         (("--translation", "pairs.jsonl", "--translation_template", "say {word}"), "translation_template"),
         (("--code_benchmark", "problems.jsonl", "--generation_engine", "tgi"), "use transformers or vllm"),
         (("--code_benchmark", "problems.jsonl", "--vllm_gpu_memory_utilization", "1.5"), "must be in (0, 1]"),
-        (("--dataset_name", "qa.jsonl", "--comet"), "comet: it scores translations; give --translation"),
+        (("--dataset_name", "qa.jsonl", "--comet"), "comet=True needs --translation"),
+        (("--dataset_name", "qa.jsonl", "--best_of", "4"), "best_of=4 needs --translation"),
+        (("--translation", "pairs.jsonl", "--lengths", "4"), "lengths=[4] needs --dataset_name"),
+        (("--dataset_name", "qa.jsonl", "--max_length", "0"), "max_length=0 must be at least 1"),
+        (
+            ("--translation", "long.jsonl", "--translation_direction", "de-en", "--max_new_tokens", "4"),
+            "long.jsonl, line 2: its prompt of",
+        ),
+        (("--model_name_or_path", "sft", "hollow", "--dataset_name", "qa.jsonl"), "hollow holds no weights"),
     ],
 )
 def test_what_it_refuses(run, tmp_path, words, message):
@@ -249,7 +296,9 @@ def test_comet_is_scored_once_and_compared(run, tmp_path, monkeypatch):
     assert (numbers["sft"]["mean"], numbers["sft"]["units"]) == (len("der Hund"), 3)
     shutil.rmtree(environment)
     (tmp_path / "ebft" / "comet" / "bin").mkdir(parents=True)
-    (tmp_path / "ebft" / "comet" / "bin" / "python").touch()  # it would fail if it were run again
+    python = tmp_path / "ebft" / "comet" / "bin" / "python"
+    python.write_text('#!/bin/sh\n[ "$2" = -c ]\n')  # it imports COMET, and would fail if it were to score again
+    python.chmod(0o755)
     assert run(*words)[0] == 0
 
 
@@ -265,6 +314,9 @@ def test_tasks_of_the_harness(run, workplace, tmp_path, monkeypatch):
     numbers = {row["model"]: row for row in results if row["measure"] == "ours/acc"}
     assert numbers.keys() == {"sft", "ebft", "ebft - sft"} and numbers["sft"]["units"] == 3
     assert run("--tasks", str(task))[0] == 0
+    task.write_text(task.read_text() + "description: another\n")
+    status, printed = run("--tasks", str(task))
+    assert status == 2 and "other settings (files" in printed.err
     status, printed = run("--tasks", "nosuch", output="other")
     assert status == 2 and "does not know ['nosuch']" in printed.err
 

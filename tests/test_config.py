@@ -100,7 +100,10 @@ REFUSED = {
     "fp16_full_eval": (dict(fp16_full_eval=True), "fp16_full_eval=True: .* leave it off"),
     "neftune_noise_alpha": (dict(neftune_noise_alpha=5.0), "neftune_noise_alpha=5.0: .* unset it"),
     "label_smoothing_factor": (dict(label_smoothing_factor=0.1), "label_smoothing_factor=0.1: .* set it to 0"),
-    "use_liger_kernel": (dict(use_liger_kernel=True), "use_liger_kernel=True needs a package: pip install"),
+    "use_liger_kernel": (
+        dict(use_liger_kernel=True, liger_kernel_config={"cross_entropy": True}),
+        "liger_kernel_config: cross_entropy replaces the forward",
+    ),
     "torch_compile": (dict(torch_compile=True), "torch_compile=True: .* leave it off"),
     "remove_unused_columns": (dict(remove_unused_columns=True), "remove_unused_columns=True: .* leave it off"),
     "no pairs without rollouts": (
@@ -212,3 +215,14 @@ def test_bf16_is_on_where_a_gpu_has_it():
     assert make(use_cpu=True).bf16 is False
     assert make(use_cpu=False).bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
     assert make(bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize(("there", "message"), [(False, "pip install 'ebft"), (True, "its kernels need a GPU")])
+def test_liger_is_asked_for_where_it_shall_run(tmp_path, monkeypatch, there, message):
+    """Not where a run is planned for another machine."""
+    monkeypatch.setattr("ebft.config.is_liger_kernel_available", lambda: there)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    args = EBFTConfig(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to=[])
+    assert args.liger_kernel_config == {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    with pytest.raises(ValueError, match=message):
+        args.check_liger_runs()

@@ -2,18 +2,27 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 
-from ebft import BlockLayout, FeatureNetwork
+import held_out
+from ebft import FeatureNetwork
 from ebft.data import tokenize_documents
-from ebft.evaluation import DocumentMean, DocumentSettings, document_means
+from ebft.evaluation import (
+    DocumentMean,
+    DocumentSettings,
+    EvaluationConfig,
+    document_means,
+    document_measures,
+    evaluate,
+)
 from ebft.evaluation.batches import batches_of
 from ebft.evaluation.contexts import all_contexts
-from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_eos
+from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_end
 from ebft.evaluation.document_measures import prompt_groups, reference_variance
 from ebft.evaluation.records import RecordFile
 from ebft.evaluation.summary import summarise
@@ -30,15 +39,12 @@ SETTINGS = DocumentSettings(
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny_model(seed=0, scale=3.0), tiny_model(seed=1, scale=3.0)
+    return held_out.model_and_network()
 
 
 @pytest.fixture(scope="module")
 def documents():
-    """Raw text of unequal lengths; the last is too short for a context."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(3, 61, (n,), generator=generator).tolist()} for n in (17, 30, 9, 5)]
-    return list(tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64))
+    return held_out.raw_documents()
 
 
 def measured(model, phi, documents, settings=SETTINGS, tokenizer=None):
@@ -71,6 +77,17 @@ def test_measures_in_one_pass_are_those_of_a_pass_each(models, documents):
     assert "feature_matching_floor" not in together, "no two documents share a prompt"
 
 
+@pytest.mark.parametrize(("temperature", "forwards"), [(1.0, 1), (0.6, 2)])
+def test_text_is_read_once_per_temperature(models, documents, monkeypatch, temperature, forwards):
+    read = []
+    monkeypatch.setattr(
+        document_measures, "token_statistics", lambda *args: read.append(args) or token_statistics(*args)
+    )
+    settings = replace(SETTINGS, measures=("cross_entropy", "calibration"), temperature=temperature, batch_size=8)
+    measured(*models, documents, settings)
+    assert len(read) == forwards
+
+
 def test_measures_do_not_depend_on_batches(models, documents):
     model, phi = models
     one, other = (measured(model, phi, documents, replace(SETTINGS, batch_size=size)) for size in (1, 4))
@@ -81,23 +98,25 @@ def test_measures_do_not_depend_on_batches(models, documents):
 
 
 @torch.no_grad()
-def test_calibration_token_by_token(models, documents):
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_calibration_token_by_token(models, documents, temperature):
     """Entropies of a rollout's steps and of the text, from one plain forward per context and rollout."""
     model, phi = models
-    found = measured(model, phi, documents, replace(SETTINGS, measures=("calibration",)))
+    found = measured(model, phi, documents, replace(SETTINGS, measures=("calibration",), temperature=temperature))
     assert set(found) == {"entropy/rollout", "entropy/reference", "cross_entropy/reference"}
     (batch,) = batches_of(documents, 8, "cpu")
     layout = SETTINGS.contexts(batch)
     noise = sampling_uniforms(layout, batch["document_ids"], 3, seed=0, purpose=EVALUATION, step=0)
-    tokens = sample_rollouts(model, batch["input_ids"], layout, 3, uniforms=noise).tokens
+    options = dict(uniforms=noise, temperature=temperature)
+    tokens = sample_rollouts(model, batch["input_ids"], layout, 3, **options).tokens
     for i, row in enumerate(documents):
         sums = torch.zeros(3, 4, dtype=torch.float64)
         for k in layout.valid[i].nonzero().flatten().tolist():
             anchor, ids = int(layout.anchors[i, k]), torch.tensor(row["input_ids"])
             for rollout in tokens[i, k]:
-                logits = model(torch.cat([ids[:anchor], rollout])[None]).logits[0, anchor - 1 : -1]
+                logits = model(torch.cat([ids[:anchor], rollout])[None]).logits[0, anchor - 1 : -1] / temperature
                 sums[0] += torch.distributions.Categorical(logits=logits).entropy().double() / 3
-            logits = model(ids[None, : anchor + 4]).logits[0, anchor - 1 : -1]
+            logits = model(ids[None, : anchor + 4]).logits[0, anchor - 1 : -1] / temperature
             sums[1] += torch.distributions.Categorical(logits=logits).entropy().double()
             sums[2] += torch.nn.functional.cross_entropy(logits, ids[anchor : anchor + 4], reduction="none").double()
         for value, name in zip(sums, ("entropy/rollout", "entropy/reference", "cross_entropy/reference"), strict=True):
@@ -118,33 +137,31 @@ def test_contexts_are_drawn_without_a_look_at_the_end(documents):
     assert [sorted(set(places)) for places in drawn] == [[*range(4, n - 4)] if n > 8 else [] for n in lengths]
 
 
-@pytest.fixture(scope="module")
-def own_text():
-    """A model and raw text that it wrote, each document up to a rare EOS."""
-    model, eos = tiny_model(seed=4, scale=6.0), 7
-    start = torch.randint(3, 61, (300, 1), generator=torch.Generator().manual_seed(1))
-    layout = BlockLayout(2, 1, 1, 1)
-    layout = replace(layout, completion_length=40)
-    texts = sample_rollouts(model, start.expand(-1, 2).contiguous(), layout, 1, generator=torch.Generator()).tokens
-    rows = [
-        [*first, *until_eos(text, eos)] for first, text in zip(start.tolist(), texts[:, 0, 0].tolist(), strict=True)
-    ]
-    rows = [[*row, eos] if len(row) < 41 else row for row in rows]
-    return model, [
-        {"input_ids": row, "completion_mask": [1] * len(row), "loss_mask": [1] * len(row), "document_id": i}
-        for i, row in enumerate(rows)
-    ]
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_model_is_calibrated_on_text_of_its_own(temperature):
+    """At every place of a completion its cross-entropy on the text is the entropy of what it writes there.
 
-
-def test_a_model_is_calibrated_on_text_of_its_own(own_text):
-    """At every place of a completion its cross-entropy on the text is the entropy of what it writes there."""
-    model, rows = own_text
+    And both are of all places of a document alike, known from the text's own distribution: not of its first words,
+    which say little here, nor of its last ones.
+    """
+    model, rows = held_out.own_text(temperature)
     settings = DocumentSettings(("calibration",), (1, 4), contexts_per_document=4, context_length=2, batch_size=64)
-    found = measured(model, model, rows, settings)
-    difference = (found["cross_entropy/reference"] - found["entropy/rollout"]).estimate()
-    standard_error = (difference.high - difference.low) / (2 * 1.96)
-    assert (standard_error < 0.05).all(), "the test could not see a difference"
-    assert (difference.mean.abs() < 4 * standard_error).all(), difference
+    found = measured(model, model, rows, replace(settings, temperature=temperature))
+    differences = {"calibration": found["cross_entropy/reference"] - found["entropy/rollout"]}
+    log_probs = (held_out.transitions() / temperature).log_softmax(-1)
+    entropies = torch.distributions.Categorical(logits=log_probs).entropy()
+    for measure in ("cross_entropy/reference", "entropy/reference"):
+        expected = []
+        for ids in (torch.tensor(row["input_ids"]) for row in rows):
+            values = entropies[ids[:-1]] if measure == "entropy/reference" else -log_probs[ids[:-1], ids[1:]]
+            first, *others, _ = values[1:].unfold(0, 4, 1)  # values[0] is of token 1, the first context before token 2
+            expected.append(first + min(3, len(others)) * torch.stack(others).mean(0))
+        differences[measure] = DocumentMean(found[measure].sums - torch.stack(expected), found[measure].counts)
+    for name, difference in differences.items():
+        mean, low, high = difference.estimate()
+        standard_error = (high - low) / (2 * 1.96)
+        assert (standard_error < 0.05).all(), f"{name}: the test could not see a difference"
+        assert (mean.abs() < 4 * standard_error).all(), f"{name}: {mean}"
 
 
 # --- several references of one prompt ---
@@ -212,6 +229,18 @@ def test_model_against_its_own_rollouts(own_rollouts):
     assert (another["feature_matching_excess"].estimate().low > 0)[-1], "another model is told apart"
 
 
+def test_a_prompt_with_a_reference_too_short_has_no_floor(own_rollouts):
+    """Its longer references alone are not what the model should match; its loss stays."""
+    model, rows = own_rollouts
+    columns = ("input_ids", "completion_mask", "loss_mask")
+    shorter = [rows[0] | {name: rows[0][name][:-1] for name in columns}, *rows[1:24]]
+    options = dict(measures=("feature_matching",), contexts_per_document=1, num_generations=2)
+    found = measured(model, tiny_model(seed=5), shorter, replace(SETTINGS, **options))
+    for name in ("floor", "shared", "excess"):
+        assert found[f"feature_matching_{name}"].counts.tolist() == [0.0, 1.0, 1.0]
+    assert found["feature_matching_loss"].counts.tolist() == [7.0, 8.0, 8.0]
+
+
 # --- diversity ---
 
 
@@ -220,8 +249,8 @@ def test_diversity_of_small_cases():
     assert distinct([[1, 2, 1], [1, 2]], 1) == pytest.approx(2 / 5)
     assert distinct([[1, 2, 1], [1, 2]], 2) == pytest.approx(2 / 3)
     assert distinct([[1], [2]], 2) is None
-    assert until_eos([5, 6, 0, 7], 0) == [5, 6]
-    assert until_eos([5, 6], None) == [5, 6]
+    assert until_end([5, 6, 0, 7, 3], [3, 0]) == [5, 6]
+    assert until_end([5, 6], []) == [5, 6]
 
 
 def test_self_bleu():
@@ -244,9 +273,61 @@ def test_diversity_of_documents(models, documents):
     assert "self_bleu" not in found
 
 
+def test_diversity_ends_at_all_of_a_models_ends(documents):
+    """Those of its generation config, though no tokenizer calls them special, and its tokenizer's."""
+    model, tokenizer = tiny_model(seed=0, scale=3.0), byte_bpe_tokenizer()
+    model.generation_config.eos_token_id = [*range(20, 30)]
+    settings = replace(SETTINGS, measures=("diversity",), num_generations=16)
+    (batch,) = batches_of(documents, 8, "cpu")
+    layout = settings.contexts(batch)
+    noise = sampling_uniforms(layout, batch["document_ids"], 16, seed=0, purpose=EVALUATION, step=0)
+    tokens = sample_rollouts(model, batch["input_ids"], layout, 16, uniforms=noise).tokens
+    kept = []
+    for rollout in tokens[layout.valid].flatten(0, 1).tolist():
+        ends = [place for place, token in enumerate(rollout) if token in (tokenizer.eos_token_id, *range(20, 30))]
+        kept.append(tuple(rollout[: min(ends, default=4)]))
+    assert tokenizer.eos_token_id in tokens[layout.valid], "the test could not see it"
+    contexts = [kept[i : i + 16] for i in range(0, len(kept), 16)]
+    found = document_means(model, None, documents, settings, tokenizer)
+    expected = sum(1 - len(set(rollouts)) / 16 for rollouts in contexts)
+    assert found["duplicate_rate"].sums.sum().item() == pytest.approx(expected)
+    shares = [[token for rollout in rollouts for token in rollout] for rollouts in contexts]
+    expected = sum(len(set(share)) / len(share) for share in shares)
+    assert found["distinct_1"].sums.sum().item() == pytest.approx(expected)
+
+
+def test_each_models_texts_end_where_its_own_tokenizer_says(tmp_path, documents):
+    """Of models with one vocabulary and different ends: the documents are the first one's, the ends are not."""
+    tokenizer = byte_bpe_tokenizer()
+    model = tiny_model(seed=0, scale=3.0, vocab_size=len(tokenizer), dtype=torch.float32)
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        likely = int(model(torch.tensor([documents[1]["input_ids"]])).logits.mean((0, 1)).argmax())
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(likely)
+    rows = [{"input_ids": row["input_ids"]} for row in documents]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = replace(SETTINGS, measures=("diversity",), num_generations=32)
+    options = {name: value for name, value in asdict(settings).items() if name != "measures"}
+    config = EvaluationConfig(
+        [str(tmp_path / "first"), str(tmp_path / "second")],
+        str(tmp_path / "out"),
+        str(tmp_path / "text.jsonl"),
+        metrics=["diversity"],
+        device="cpu",
+        plots=False,
+        **options,
+    )
+    found = {r["model"]: r["mean"] for r in evaluate(config, Console(quiet=True)) if r["measure"] == "distinct_1"}
+    texts = list(tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64))
+    expected = document_means(model, None, texts, settings, tokenizer)["distinct_1"].estimate().mean.item()
+    assert found["second"] == pytest.approx(expected, abs=1e-6) != found["first"]
+
+
 # --- summaries and records ---
 
 
+@pytest.mark.filterwarnings("error")
 def test_summary_of_two_models():
     means = {
         name: {"loss": DocumentMean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]) + shift, torch.ones(2))}
@@ -258,6 +339,20 @@ def test_summary_of_two_models():
     assert rows["b - a", "loss", 1] == pytest.approx(0.5) == rows["b - a", "cross_entropy/all", None]
     assert rows["a", "perplexity/all", None] == pytest.approx(7.389, abs=1e-3)
     assert ("b - a", "perplexity/all", None) not in rows, "a difference of cross-entropies is no cross-entropy"
+
+
+def test_pairs_that_are_left_out_are_named_once():
+    """Not of the same contexts, or measured of one model alone: there is no pair, and one warning says which."""
+    whole, half = DocumentMean(torch.ones(2), torch.ones(2)), DocumentMean(torch.ones(2), torch.tensor([1.0, 0.0]))
+    measured = {name: {"loss": whole, "distinct_4": distinct_4} for name, distinct_4 in (("a", whole), ("b", half))}
+    measured["c"] = {"loss": whole, "distinct_4": whole, "self_bleu": whole}
+    with pytest.warns(UserWarning, match=r"^4 paired difference\(s\) left out") as warned:
+        rows = summarise(measured, {})
+    (text,) = (str(warning.message) for warning in warned)
+    missing = ("b - a: distinct_4", "c - a: self_bleu", "c - b: distinct_4", "c - b: self_bleu")
+    assert text.endswith(f"({'; '.join(missing)})")
+    pairs = {(row["model"], row["measure"]) for row in rows if " - " in row["model"]}
+    assert pairs == {(pair, "loss") for pair in ("b - a", "c - a", "c - b")} | {("c - a", "distinct_4")}
 
 
 def test_records_go_on_where_they_stopped(tmp_path):

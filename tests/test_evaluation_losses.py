@@ -1,10 +1,13 @@
 """Cross-entropy and feature-matching loss of documents, against one context, one rollout and one length at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
+import held_out
 import oracles
 from ebft import BlockLayout, FeatureNetwork
 from ebft.data import tokenize_documents
@@ -28,15 +31,12 @@ def loss_settings(**change):
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny_model(seed=0, scale=3.0), tiny_model(seed=1, scale=3.0)
+    return held_out.model_and_network()
 
 
 @pytest.fixture(scope="module")
 def documents():
-    """Raw text of unequal lengths; the last is too short for a context."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(3, 61, (n,), generator=generator).tolist()} for n in (17, 30, 9, 5)]
-    return list(tokenize_documents(Dataset.from_list(rows), byte_bpe_tokenizer(), max_length=64))
+    return held_out.raw_documents()
 
 
 def prompts_and_completions():
@@ -51,8 +51,10 @@ def prompts_and_completions():
 # --- cross-entropy ---
 
 
-def test_cross_entropy_of_each_document(models, documents):
-    measured = document_means(models[0], None, documents, CE)["cross_entropy/all"]
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_cross_entropy_of_each_document(models, documents, temperature):
+    """At temperature 1, whatever that of the rollouts."""
+    measured = document_means(models[0], None, documents, replace(CE, temperature=temperature))["cross_entropy/all"]
     for row, total, count in zip(documents, measured.sums, measured.counts, strict=True):
         ids = torch.tensor([row["input_ids"]])
         logits = models[0](ids).logits[0, :-1]

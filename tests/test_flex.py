@@ -120,3 +120,26 @@ def test_documents_that_differ_have_masks_of_their_own():
 def test_not_on_a_cpu():
     query = torch.zeros(1, 2, 3, 16)
     assert not flex.can_flex(query, query, None)
+
+
+def test_many_kinds_of_forwards_stay_compiled(monkeypatch):
+    """More than PyTorch allows by default; were one not compiled, `fullgraph` would make it an error."""
+    compiled = torch.compile(flex.flex_attention, backend="eager", dynamic=True, fullgraph=True)
+    monkeypatch.setattr(flex, "_kernel", lambda kind: compiled)
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layout = BlockLayout(14, stride=3, context_length=2, completion_length=4)
+    for dtype in (torch.float32, torch.float64):
+        for rows in (1, 2):
+            for heads, key_heads in ((4, 2), (4, 4), (6, 2)):
+                for plan in plans(layout, rows)[:3]:
+                    mask = flex.block_mask(plan, None)
+                    T, M = mask.seq_lengths
+                    query = torch.randn(rows, heads, T, 16, dtype=dtype)
+                    key = torch.randn(rows, key_heads, M, 16, dtype=dtype)
+                    found = flex.flex(query, key, key, mask, None)
+                    shared = key.repeat_interleave(heads // key_heads, 1)
+                    scores = (query @ shared.mT / 4).masked_fill(~seen(mask, rows)[:, None], float("-inf"))
+                    torch.testing.assert_close(found, scores.softmax(-1) @ shared, rtol=0, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] > 8, "this many kinds would not have been compiled"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import held_out
 from ebft.evaluation.generation import GenerationSettings, check_room, complete
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
@@ -64,6 +65,17 @@ def test_samples_do_not_depend_on_what_is_done(model, tokenizer):
     assert len(set(whole[0])) > 1
 
 
+def test_an_end_that_is_no_special_token_is_not_part_of_the_text(tokenizer):
+    """Of a model that writes the alphabet: nor is what stands behind the end in the batch."""
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghijklmnop"]
+    table = torch.full((len(tokenizer), len(tokenizer)), -20.0)
+    table[letters[:-1], letters[1:]] = 20.0
+    model = held_out.markov_model(table)
+    model.generation_config = GenerationConfig(eos_token_id=[letters[4]])
+    found = completed(model, tokenizer, GenerationSettings(max_new_tokens=6), [[i] for i in letters[:7]])
+    assert found == {i: [text] for i, text in enumerate(("bcd", "cd", "d", "", "fghijk", "ghijkl", "hijklm"))}
+
+
 def test_nothing_of_the_checkpoints_generation_settings_is_taken(model, tokenizer):
     """A repetition penalty or beams would make "greedy" something else than the model; its EOS ids are kept."""
     prompts, settings = [tokenizer(text)["input_ids"] for text in TEXTS], GenerationSettings(max_new_tokens=7)
@@ -73,7 +85,7 @@ def test_nothing_of_the_checkpoints_generation_settings_is_taken(model, tokenize
         model.generation_config = GenerationConfig(repetition_penalty=5.0, num_beams=3, min_new_tokens=7)
         assert completed(model, tokenizer, settings, prompts) == plain
         model.generation_config = GenerationConfig(eos_token_id=[first])
-        assert len(completed(model, tokenizer, settings, prompts)[0][0]) == len(tokenizer.decode([first]))
+        assert completed(model, tokenizer, settings, prompts)[0] == [""], "an end need be no special token to go"
     finally:
         model.generation_config = before
 

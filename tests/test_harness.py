@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ebft.evaluation.harness import TaskScore, run_tasks, scores_of
+from ebft.evaluation.harness import TaskScore, expand_tasks, run_tasks, scores_of
 from stand_ins import TASK_ROWS, own_task
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
@@ -76,5 +76,6 @@ def test_a_task_of_our_own(tmp_path, monkeypatch):
     (score,) = run_tasks(tmp_path / "model", ["ours"], include_path=tmp_path, batch_size=2, device="cpu")
     assert (score.task, score.metric, score.value) == ("ours", "acc", pytest.approx(sum(right) / 3))
     assert score.values == right
+    assert expand_tasks(["our*", "ours"], include_path=tmp_path) == ["ours"]
     with pytest.raises(ValueError, match=r"does not know \['nosuch'\]"):
         run_tasks(tmp_path / "model", ["nosuch"], include_path=tmp_path)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ebft.evaluation import DocumentMean
+from ebft.evaluation import DocumentMean, intervals
 
 
 def test_interval_resamples_whole_documents():
@@ -50,3 +50,33 @@ def test_interval_of_equal_documents_holds_the_mean(documents):
 def test_empty_mean_is_an_error():
     with pytest.raises(ValueError, match="counts are all zero"):
         DocumentMean(torch.zeros(2), torch.zeros(2)).estimate()
+
+
+def test_resamples_in_pieces_are_the_same_resamples(monkeypatch):
+    """To the last bit what one array of all of them gives."""
+    generator = torch.Generator().manual_seed(1)
+    # Whole numbers, so that no order of summing matters.
+    sums, counts = (torch.randint(1, 99, size, generator=generator).double() for size in ((40, 3), (40,)))
+    drawn = torch.randint(40, (2000, 40), generator=torch.Generator().manual_seed(5))
+    weights = torch.nn.functional.one_hot(drawn, 40).sum(1).double()
+    means = (weights @ sums) / (weights @ counts)[:, None]
+    tails = torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=torch.float64)
+    for resamples_at_a_time in (3, 7, 1999, 2000):
+        monkeypatch.setattr(intervals, "NUMBERS_AT_A_TIME", 40 * resamples_at_a_time + 1)
+        found = DocumentMean(sums, counts).estimate(seed=5)
+        assert torch.equal(torch.stack([found.low, found.high]), means.quantile(tails, dim=0))
+
+
+def test_resamples_take_bounded_memory(monkeypatch):
+    """No array of theirs has more numbers than are drawn at a time."""
+    sizes = []
+    draw = torch.randint
+
+    def drawn(*args, **options):
+        sizes.append(draw(*args, **options))
+        return sizes[-1]
+
+    monkeypatch.setattr(torch, "randint", drawn)
+    monkeypatch.setattr(intervals, "NUMBERS_AT_A_TIME", 1000)
+    DocumentMean(torch.randn(300), torch.ones(300)).estimate(resamples=50)
+    assert sum(len(x) for x in sizes) == 50 and max(x.numel() for x in sizes) <= 1000

@@ -110,8 +110,13 @@ def test_prompt():
     assert translation_prompt(SEGMENTS[0], "{source} = {{}}") == "Ein Hund. = {}"
     braces = Segment("{source}", ("a",), "xx-en")
     assert translation_prompt(braces, "{source_language}: {source}", {"xx": "X", "en": ""}) == "X: {source}"
-    with pytest.raises(ValueError, match="no name of the language 'xx' is known: pass `names`"):
+    with pytest.raises(
+        ValueError, match="no name of the language 'xx' is known: write it into --translation_template"
+    ):
         translation_prompt(braces)
+    assert translation_prompt(braces, "{source} in {target_language}") == "{source} in English"
+    for direction in ("en-zh_CN", "en-zh-CN", "en-zh_Hans_CN"):
+        assert translation_prompt(Segment("a", ("b",), direction), "{source} {target_language}") == "a Chinese"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +183,15 @@ def test_the_best_of_k_is_the_best_of_each_sentence(sacrebleu):
     assert {row.score for row in swapped if row.hypotheses != "first"} == {
         score for (_, label), score in rows.items() if label != "first"
     }
+
+
+def test_resamples_without_a_match_are_resamples_too(sacrebleu):
+    """Their score is 0, a number of another type than sacrebleu's others."""
+    segments = [Segment("der Hund", ("the dog",), "de-en")] * 3
+    scores = translation_scores(segments, [["qqq"], ["zzz"], ["the dog"]])
+    assert {score.metric for score in scores} == {"BLEU", "chrF"}
+    assert all(score.half_width > 0 for score in scores if score.metric == "chrF")
+    compare_translations(segments, {"a": ["qqq", "zzz", "the dog"], "b": ["the dog", "zzz", "qqq"]})
 
 
 def test_each_direction_has_its_scores_and_its_tokeniser(sacrebleu):
@@ -262,7 +276,12 @@ def test_comet_is_not_shadowed_by_our_own_file(environment, monkeypatch):
 def test_comet_errors_say_what_to_do(environment, bare_environment, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"no environment at .*comet: make it once with `python -m ebft\.eval"):
+        comet.check_environment()
+    with pytest.raises(RuntimeError, match=r"no environment at .*comet: make it once with `python -m ebft\.eval"):
         comet.comet_scores(SEGMENTS, ["", ""])
+    with pytest.raises(ValueError, match=r"(?s)does not work: make it once.*No module named 'comet'"):
+        comet.check_environment(bare_environment)
+    assert comet.check_environment(environment).parent.parent == environment
     with pytest.raises(RuntimeError, match=r"(?s)if it is not whole, make it once.*unbabel-comet cannot be imported"):
         comet.comet_scores(SEGMENTS, ["", ""], folder=bare_environment)
     with pytest.raises(RuntimeError, match=r"(?s)COMET failed in .*Model 'nosuch' not supported by COMET"):
@@ -273,7 +292,15 @@ def test_comet_errors_say_what_to_do(environment, bare_environment, tmp_path, mo
         comet.comet_scores(SEGMENTS, [""], folder=environment)
 
 
-def test_an_environment_that_cannot_be_made(tmp_path):
+def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
+    for occupied in (tmp_path / "file", tmp_path):
+        with pytest.raises(RuntimeError, match="something else is there; name another folder"):
+            comet.make_environment(occupied)
+    assert (tmp_path / "file").exists()
     with pytest.raises(RuntimeError, match=r"(?s)COMET's environment .*-m venv .*failed"):
-        comet.make_environment(tmp_path / "file")
+        comet.make_environment(tmp_path / "file" / "below")
+    monkeypatch.setattr(comet, "REQUIREMENTS", ("./no such package",))
+    with pytest.raises(RuntimeError, match=r"(?s)COMET's environment .*-m pip install .*failed"):
+        comet.make_environment(tmp_path / "half")
+    assert not (tmp_path / "half").exists(), "half of it would look like all of it"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ebft.evaluation.generation import GenerationSettings, complete
 from ebft.evaluation.vllm_generation import VLLMEngine
@@ -64,7 +65,7 @@ def test_texts_are_those_of_transformers(saved, asked):
     expected: dict = {}
     for part in complete(model, tokenizer, prompts, settings, stop):
         expected |= part
-    engine = VLLMEngine(str(path), tokenizer, "float32", 3, 0.5)
+    engine = VLLMEngine(str(path), tokenizer, "float32", 3, 0.5, 64)
     found: dict = {}
     for part in engine.complete(prompts, settings, stop, [False, False, True, False]):
         found |= part
@@ -75,7 +76,25 @@ def test_texts_are_those_of_transformers(saved, asked):
         "seed": 3,
         "generation_config": "vllm",
         "gpu_memory_utilization": 0.5,
+        "max_model_len": 64,
     }
+
+
+@torch.no_grad()
+def test_an_end_that_is_no_special_token_is_not_part_of_the_text(saved, asked):
+    path, model, tokenizer = saved
+    prompt = tokenizer(TEXTS[3])["input_ids"]
+    ids = torch.tensor([prompt])
+    for _ in range(9):
+        ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    written = ids[0, len(prompt) :].tolist()
+    place, end = next((i, token) for i, token in enumerate(written) if i and tokenizer.decode([token]).isascii())
+    assert not {*written[: place + 1]} & {*tokenizer.all_special_ids} and end not in written[:place]
+    GenerationConfig(eos_token_id=[end]).save_pretrained(path)
+    engine = VLLMEngine(str(path), tokenizer, "float32", 3, 0.5, 64)
+    (found,) = engine.complete([prompt], GenerationSettings(max_new_tokens=9), [()], [False])
+    text = tokenizer.decode([*prompt, *written[:place]], skip_special_tokens=True)
+    assert found == {0: [text.removeprefix(tokenizer.decode(prompt))]}
 
 
 def test_every_sample_has_a_seed_of_its_own(saved, asked, monkeypatch):
@@ -83,7 +102,7 @@ def test_every_sample_has_a_seed_of_its_own(saved, asked, monkeypatch):
     monkeypatch.setattr("ebft.evaluation.vllm_generation.PROMPTS_AT_A_TIME", 3)
     settings = GenerationSettings(num_samples=4, max_new_tokens=1, temperature=0.7, top_p=0.9, seed=2)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    engine = VLLMEngine(str(path), tokenizer, "float32", 3, 0.5)
+    engine = VLLMEngine(str(path), tokenizer, "float32", 3, 0.5, 64)
     parts = list(engine.complete(prompts, settings, [("a",)] * 4, [False] * 4))
     assert asked.calls == [3, 1] and [len(texts) for part in parts for texts in part.values()] == [4] * 4
     starts = [params.seed for params in asked.params]

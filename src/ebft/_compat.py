@@ -61,6 +61,21 @@ def with_child(module: nn.Module, name: str, child: nn.Module) -> Any:
     return view
 
 
+def at_most_recompiled(times: int) -> Any:
+    """A context in which one function may be compiled for so many kinds of arguments."""
+    return torch._dynamo.config.patch(recompile_limit=times)
+
+
+def with_python_scores(chrf: Any) -> Any:
+    """ChrF of sacrebleu with scores that are all Python's numbers.
+
+    In its bootstrap a score of 0 is one, any other is numpy's, and of both together `statistics` makes an error.
+    """
+    compute = chrf._compute_f_score
+    chrf._compute_f_score = lambda counts: float(compute(counts))
+    return chrf
+
+
 def memory_events(run: Callable[[], Any]) -> list[int]:
     """Bytes that torch's CPU allocator handed out (positive) and took back (negative) during `run()`, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

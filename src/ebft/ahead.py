@@ -18,6 +18,8 @@ Batch = dict[str, Any]
 class SamplingAhead:
     """Hands out each micro-batch's rollouts, sampled together with those of the micro-batches that follow.
 
+    Rows are padded to the longest of a group, so that very unequal documents cost more together than apart.
+
     Args:
         sample: Rollouts of a batch, of which it reads `input_ids`, `document_ids` and `layout`.
         rows: How many to sample at a time, at least one micro-batch.
@@ -48,7 +50,9 @@ class SamplingAhead:
 
     def _next_group(self, inputs: Batch) -> list[Batch]:
         """`inputs` as it was before it went to its device, and those that follow it, up to `rows`."""
-        while self._waiting and self._waiting[0]["layout"] is not inputs["layout"]:
+        if not any(batch["layout"] is inputs["layout"] for batch in self._waiting):
+            return []
+        while self._waiting[0]["layout"] is not inputs["layout"]:
             self._waiting.popleft()
         group: list[Batch] = []
         while self._waiting and (not group or sum(map(_rows, [*group, self._waiting[0]])) <= self.rows):

@@ -97,7 +97,8 @@ class EBFTConfig(TrainingArguments):
     per_device_generation_batch_size: int | None = _setting(
         None,
         "Documents (rows when packed) whose rollouts are sampled at a time, of one optimiser step; at least a "
-        f"micro-batch. Default: {SAMPLED_AT_ONCE}, on the CPU a micro-batch.",
+        f"micro-batch. Default: {SAMPLED_AT_ONCE}, on the CPU a micro-batch. Without effect where the forward that "
+        "samples is reused, or `sample` overridden.",
     )
 
     # --- data ---
@@ -266,10 +267,6 @@ class EBFTConfig(TrainingArguments):
                 f"liger_kernel_config: {losses[0]} replaces the forward that block rollouts need: leave it out "
                 "(the LM head runs in chunks anyway)."
             )
-        if not is_liger_kernel_available():
-            raise ValueError("use_liger_kernel=True needs a package: pip install 'ebft[liger]'.")
-        if self.use_cpu or not torch.cuda.is_available():
-            raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
         self.liger_kernel_config = {**given, **WITHOUT_LOSSES}
 
     def _check_refused(self) -> None:
@@ -301,6 +298,19 @@ class EBFTConfig(TrainingArguments):
             raise ValueError(
                 "parallelism_config: context parallelism would cut documents apart; set cp_size and sp_size to 1."
             )
+
+    def check_liger_runs(self) -> None:
+        """Refuse Liger's kernels where they cannot run; a plan for another machine does not ask.
+
+        Raises:
+            ValueError: The package or a GPU is missing.
+        """
+        if not self.use_liger_kernel:
+            return
+        if not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel=True needs a package: pip install 'ebft[liger]'.")
+        if self.use_cpu or not torch.cuda.is_available():
+            raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
 
     def check_one_device(self) -> None:
         """Refuse several GPUs in one process, which transformers would put under nn.DataParallel.

@@ -109,7 +109,8 @@ class Cut:
 
     def _sample_together(self, laps: Laps) -> Rollouts:
         """The micro-batch's rollouts, beside as many like it as a run samples at a time; its share of that time."""
-        count = max(1, self.args.rows_sampled_on(self.device) // len(self.layout.anchors))
+        args = self.args
+        count = max(1, args.rows_sampled_on(self.device) // args.per_device_train_batch_size)
         together = joined([self.batch] * count)
         options: dict[str, Any] = {"uniforms": self._uniforms().repeat(count, 1, 1, 1), **self.args.sampling}
         inputs = together["input_ids"], together["layout"], self.method.rollouts

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ._compat import at_most_recompiled
+
 if TYPE_CHECKING:
     from .attention import BlockPlan
 
@@ -22,6 +24,9 @@ TILE = 128  # queries and keys; what the kernels are made for
 SMALLEST_HEAD = 16  # they do not do smaller ones
 # For fewer queries PyTorch takes a kernel of its own, which does not compile for every size (seen with torch 2.11).
 FEWEST_QUERIES = 128
+# Of forwards that are compiled apart: with or without gradient, one row or several, decoding, head shapes, ...; a run
+# with two networks and evaluation has nine, one more than PyTorch allows by default.
+KINDS = 64
 NOBODY = 2**30  # a rollout that there is not
 
 
@@ -65,14 +70,17 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: floa
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # what PyTorch does for its own attention
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    attention = flex_attention if kind == "cpu" else _compiled()
-    return attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)  # type: ignore[return-value]
+    with at_most_recompiled(KINDS):
+        return _kernel(kind)(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
 
 
 @cache
-def _compiled() -> Any:
-    # Documents and blocks differ from step to step: without `dynamic` every size would be compiled anew.
-    return torch.compile(flex_attention, dynamic=True)
+def _kernel(kind: str) -> Any:
+    if kind == "cpu":
+        return flex_attention
+    # Documents and blocks differ from step to step: without `dynamic` every size would be compiled anew. Beyond the
+    # limit of kinds PyTorch would compute all scores, masked or not; `fullgraph` makes that an error.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def block_mask(plan: "BlockPlan", window: int | None) -> BlockMask:

@@ -12,7 +12,7 @@ WITHOUT_LOSSES = dict.fromkeys(LOSSES, False)
 
 
 def take_liger_kernels(model: nn.Module, config: dict[str, Any] | None = None) -> None:
-    """Patch a model in place, as transformers does for `use_liger_kernel`.
+    """Patch a model in place, as transformers does for `use_liger_kernel`; the rotary embedding for its whole family.
 
     Args:
         model: A causal LM, or one under a wrapper.

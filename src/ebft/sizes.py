@@ -164,7 +164,8 @@ def run_footprint(
         sampled=args.rows_sampled_on(device),
         rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
         keys_per_chunk=keys_per_chunk,
-        masked=bool((args.packing and args.document_masking) or (window and window < args.max_length)),
+        masked=(capped or device.type == "cpu")
+        and bool((args.packing and args.document_masking) or (window and window < args.max_length)),
         capped_heads=config.num_attention_heads if capped else 0,
     )
 

@@ -86,6 +86,7 @@ class EBFTTrainer(RecordedTrainer):
         if not isinstance(model, (str, nn.Module)):
             raise ValueError(f"model={model!r}: pass a name, a path, a PreTrainedModel or a PeftModel.")
         args.check_one_device()
+        args.check_liger_runs()
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
         config = models.check_named_policy(model, args) if isinstance(model, str) else models.causal_lm(model).config
         base_name = config.name_or_path

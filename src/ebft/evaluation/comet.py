@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,8 @@ from pathlib import Path
 from .translation import Segment
 
 MODEL = "Unbabel/wmt22-comet-da"
-REQUIREMENTS = ("unbabel-comet>=2.2", "transformers<5", "numpy<2")
+# setuptools: an old torchmetrics imports pkg_resources, which newer ones lack.
+REQUIREMENTS = ("unbabel-comet>=2.2", "transformers<5", "numpy<2", "setuptools<81")
 _WORKER = Path(__file__).with_name("comet_worker.py")
 _HOW = "make it once with `python -m ebft.evaluation.comet` (several GB), or ebft.evaluation.comet.make_environment()"
 
@@ -32,29 +34,37 @@ def make_environment(folder: Path | None = None, python: str = sys.executable) -
         The folder.
 
     Raises:
-        RuntimeError: The environment cannot be made, or pip fails; with its last lines.
+        RuntimeError: Something else is there, or pip fails; with its last lines, and nothing is left of it.
     """
     folder = folder or environment_folder()
+    if folder.exists() and not (folder / "pyvenv.cfg").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise RuntimeError(f"COMET's environment {folder}: something else is there; name another folder.")
     for command in (
-        [python, "-m", "venv", str(folder)],
-        [str(_python_of(folder)), "-m", "pip", "install", *REQUIREMENTS],
+        [python, "-m", "venv", "--clear", str(folder)],
+        [str(_python_of(folder)), "-m", "pip", "install", *REQUIREMENTS],  # its progress is shown
     ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
+            shutil.rmtree(folder, ignore_errors=True)  # half of it would look like all of it
             raise RuntimeError(f"COMET's environment {folder}: `{' '.join(command)}` failed:\n{_tail(done.stderr)}")
     return folder
 
 
 def check_environment(folder: Path | None = None) -> Path:
-    """The environment's Python.
+    """The environment's Python, in which COMET is found to import.
 
     Raises:
-        ValueError: There is no such environment.
+        ValueError: There is no such environment, or it is broken.
     """
     folder = folder or environment_folder()
     python = _python_of(folder)
     if not python.exists():
         raise ValueError(f"comet: it has no environment at {folder}: {_HOW}.")
+    try:
+        subprocess.run([str(python), "-I", "-c", "import comet"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        found = _tail(getattr(error, "stderr", None) or str(error))
+        raise ValueError(f"comet: its environment {folder} does not work: {_HOW}.\n{found}") from error
     return python
 
 
@@ -78,13 +88,13 @@ def comet_scores(
         gpus: How many to use.
 
     Raises:
-        ValueError: The numbers do not match, or there is no such environment.
-        RuntimeError: COMET fails in it; with its last lines.
+        ValueError: The numbers do not match.
+        RuntimeError: There is no such environment (`check_environment` tells earlier), or COMET fails; its last lines.
     """
     if len(segments) != len(hypotheses):
         raise ValueError(f"hypotheses: {len(hypotheses)} for {len(segments)} segments; give one for each.")
     folder = folder or environment_folder()
-    python = check_environment(folder)
+    python = _python_of(folder)
     pairs = zip(segments, hypotheses, strict=True)
     rows = [{"src": segment.source, "mt": text, "ref": segment.references[0]} for segment, text in pairs]
     lines = [json.dumps(row) for row in ({"model": model, "batch_size": batch_size, "gpus": gpus}, *rows)]
@@ -92,7 +102,10 @@ def comet_scores(
         scores = Path(scratch) / "scores.json"
         # -I: neither our PYTHONPATH nor this folder, in which `comet` would be this file.
         command = [str(python), "-I", str(_WORKER), str(scores)]
-        done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise RuntimeError(f"COMET has no environment at {folder}: {_HOW}.") from error
         if done.returncode or not scores.exists():
             raise RuntimeError(f"COMET failed in {folder}; if it is not whole, {_HOW}.\n{_tail(done.stderr)}")
         values = json.loads(scores.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """The settings of an evaluation; the help text of each is its documentation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,13 @@ from .document_measures import MEASURES, DocumentSettings
 from .generation import GenerationSettings
 from .pass_at_k import check_k
 from .translation import TEMPLATE
+
+SETTINGS_OF = {
+    "dataset_name": ("dataset_config", "max_documents", "max_length", "lengths"),
+    "code_benchmark": ("code_benchmark_config", "pass_at_k", "num_samples"),
+    "translation": ("translation_config", "translation_direction", "translation_template", "best_of", "comet"),
+    "tasks": ("tasks_limit",),
+}
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -93,12 +100,11 @@ class EvaluationConfig:
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             share = self.vllm_gpu_memory_utilization
             raise ValueError(f"vllm_gpu_memory_utilization={share} must be in (0, 1].")
-        for name in ("max_documents", "tasks_limit"):
+        self._check_wanted()
+        for name in ("max_documents", "max_length", "tasks_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        if self.comet and not self.translation:
-            raise ValueError("comet: it scores translations; give --translation.")
         if self.best_of < 1:
             raise ValueError(f"best_of={self.best_of} must be at least 1.")
         if self.seed < 0:
@@ -111,6 +117,14 @@ class EvaluationConfig:
         if max(self.num_samples, self.best_of) > 1:
             self.sampled(max(self.num_samples, self.best_of))
         self.output_dir = self.output_dir or str(Path("runs") / f"evaluation-{'-'.join(names).replace('/', '_')}")
+
+    def _check_wanted(self) -> None:
+        """Refuse settings of what is not measured: something was forgotten."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        for wanted, names in SETTINGS_OF.items():
+            for name in names:
+                if not getattr(self, wanted) and getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs --{wanted}, which is not given.")
 
     @property
     def names(self) -> list[str]:

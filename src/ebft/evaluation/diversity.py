@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import takewhile
 
 Tokens = Sequence[int]
 
@@ -36,7 +37,6 @@ def has_self_bleu() -> bool:
     return find_spec("sacrebleu") is not None
 
 
-def until_eos(tokens: Tokens, eos: int | None) -> list[int]:
-    """Tokens up to the first EOS, without it."""
-    tokens = list(tokens)
-    return tokens[: tokens.index(eos)] if eos in tokens else tokens
+def until_end(tokens: Tokens, ends: Sequence[int]) -> list[int]:
+    """Tokens up to the first of `ends`, without it."""
+    return list(takewhile(lambda token: token not in ends, tokens))

@@ -9,6 +9,7 @@ P document tokens, D features.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from .. import noise
 from ..blocks import BlockLayout
 from ..features import FeatureNetwork
-from ..forward import evaluation_mode
+from ..forward import causal_lm, evaluation_mode
 from ..metrics import cross_entropy_sums
 from ..rewards import feature_matching_loss
 from ..rollout import Rollouts, sample_rollouts
 from .batches import batches_of
 from .contexts import behind_prompt, random_contexts
-from .diversity import distinct, duplicate_rate, self_bleu, until_eos
+from .diversity import distinct, duplicate_rate, self_bleu, until_end
+from .generation import end_ids
 from .intervals import DocumentMean
 from .summary import BY_POSITION, means_of
-from .token_statistics import token_statistics
+from .token_statistics import TokenStatistics, token_statistics
 
 MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
 NGRAMS = (1, 2, 3, 4)
@@ -46,7 +48,7 @@ class DocumentSettings:
         num_generations: N, rollouts per context.
         contexts_per_document: At most so many; see `contexts.random_contexts`.
         context_length: Shortest prefix of a context, in tokens.
-        temperature: Of the rollouts, and of their entropy.
+        temperature: Of the rollouts, and of all numbers of the calibration; `cross_entropy` is at 1.
         seed: Of the rollouts.
         batch_size: Documents per forward.
 
@@ -155,7 +157,8 @@ def measure_documents(
         network: The frozen phi; its pooling is not used. None where `feature_matching` is not asked for.
         groups: From `prompt_groups`, of rows of `ebft.data.tokenize_documents`.
         settings: What and how.
-        tokenizer: Of the model, for the diversity of texts; None leaves self-BLEU out.
+        tokenizer: Of the model, for the diversity of texts; its EOS and those of the model's generation config end a
+            rollout there. None leaves self-BLEU out.
 
     Yields:
         One record per group of a batch.
@@ -191,19 +194,24 @@ def _measure_batch(
     """One record per document; `behind_prompt` is the loss [L] and the reference's features [L, D] there, if any."""
     measures, input_ids, doc_ids = settings.measures, batch["input_ids"], batch["doc_ids"].cpu()
     sums: Sums = {}
-    text = token_statistics(model, input_ids, doc_ids) if {"cross_entropy", "calibration"} & set(measures) else None
-    if "cross_entropy" in measures and text is not None:
-        found = cross_entropy_sums(text.log_probs, batch)
+
+    @cache  # one forward for both where the rollouts' temperature is 1
+    def text(temperature: float) -> TokenStatistics:
+        return token_statistics(model, input_ids, doc_ids, temperature)
+
+    if "cross_entropy" in measures:
+        found = cross_entropy_sums(text(1.0).log_probs, batch)
         sums["cross_entropy/all"] = found["ce_loss/all"], found["all_tokens"]
         sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
     first: tuple[Tensor, Tensor] | None = None
     if settings.samples:
         layout = settings.contexts(batch)
         rollouts = _rollouts(model, batch, layout, settings)
-        if "calibration" in measures and text is not None:
-            sums |= _calibration(text, rollouts, layout)
+        if "calibration" in measures:
+            sums |= _calibration(text(settings.temperature), rollouts, layout)
         if "diversity" in measures:
-            sums |= _diversity(rollouts.tokens, layout, tokenizer)
+            ends = end_ids(causal_lm(model).generation_config, tokenizer)
+            sums |= _diversity(rollouts.tokens, layout, tokenizer, ends)
         if "feature_matching" in measures:
             assert network is not None, "loaded whenever its measure is asked for"
             found, first = feature_matching_sums(network, input_ids, rollouts.tokens, layout, settings.lengths)
@@ -226,11 +234,11 @@ def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, s
     return sample_rollouts(model, batch["input_ids"], layout, N, **options)
 
 
-def _calibration(text: Any, rollouts: Rollouts, layout: BlockLayout) -> Sums:
+def _calibration(text: TokenStatistics, rollouts: Rollouts, layout: BlockLayout) -> Sums:
     """At each place k of a completion [G]: entropy of the k-th generated token, and what the reference says there.
 
-    For a calibrated model the entropy of what it writes equals its cross-entropy on text (Braverman et al. 2019).
-    Rollouts run on after an EOS, as everywhere here.
+    All at the temperature of the rollouts, which run on after an EOS, as everywhere here. For a calibrated model the
+    entropy of what it writes equals its cross-entropy on text (Braverman et al. 2019).
     """
     anchors, valid, _ = (x.to(text.entropy.device) for x in layout.expand(len(text.entropy)))
     at = anchors[..., None] - 1 + torch.arange(layout.completion_length, device=anchors.device)
@@ -244,13 +252,12 @@ def _calibration(text: Any, rollouts: Rollouts, layout: BlockLayout) -> Sums:
     return {name: (value.double().where(valid[..., None], 0).sum(1), counts) for name, value in per_context.items()}
 
 
-def _diversity(tokens: Tensor, layout: BlockLayout, tokenizer: Any) -> Sums:
-    """Means over the contexts of a document; a rollout ends at its EOS."""
-    eos = getattr(tokenizer, "eos_token_id", None)
+def _diversity(tokens: Tensor, layout: BlockLayout, tokenizer: Any, ends: Sequence[int]) -> Sums:
+    """Means over the contexts of a document; a rollout ends at the first token of `ends`."""
     values: dict[str, list[list[float]]] = {}
     for row, valid in enumerate(layout.expand(len(tokens))[1]):
         for context in tokens[row, valid.to(tokens.device)].tolist():
-            rollouts = [until_eos(rollout, eos) for rollout in context]
+            rollouts = [until_end(rollout, ends) for rollout in context]
             found: dict[str, float | None] = {"duplicate_rate": duplicate_rate(rollouts)}
             found |= {f"distinct_{n}": distinct(rollouts, n) for n in NGRAMS}
             found["self_bleu"] = self_bleu(tokenizer.batch_decode(rollouts)) if tokenizer is not None else None
@@ -284,14 +291,15 @@ def _of_group(records: list[Record], document_id: int) -> Record:
 
     With m references y_i the variance of their features is estimated without bias: the mean of phi_i . phi_i minus
     that of phi_i . phi_j over pairs. It is what L_CFM (eq 2) of the text's own distribution is, its floor; the rest
-    of L_CFM is L_FM (eq 1).
+    of L_CFM is L_FM (eq 1). Only where all references have room for the longest length: the longer ones alone are
+    not the text's distribution.
     """
     behind_prompt = [record.pop("behind_prompt") for record in records if "behind_prompt" in record]
     whole: Record = {}
     for name in dict.fromkeys(name for record in records for name in record):
         parts = [record[name] for record in records if name in record]
         whole[name] = [sum(part[0] for part in parts), sum(part[1] for part in parts)]
-    if len(behind_prompt) > 1:
+    if len(behind_prompt) == len(records) > 1:
         losses, features = (torch.stack(x, dim=1) for x in zip(*behind_prompt, strict=True))  # [L, M], [L, M, D]
         floor = reference_variance(features)
         whole["feature_matching_floor"] = [floor, 1.0]

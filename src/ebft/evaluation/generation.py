@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ..forward import evaluation_mode
 from .code_benchmarks import cut
+from .diversity import until_end
 
 TOKENS_AT_A_TIME = 32_768  # of prompts and completions together, where the batch size does not say less
 
@@ -130,7 +131,8 @@ def _complete_batch(
         options = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     if device.type == "cuda":
         options["cache_implementation"] = "static"
-    with _own_generation_config(model, tokenizer, pad):
+    ends = end_ids(model.generation_config, tokenizer)
+    with _own_generation_config(model, ends, pad):
         found = model.generate(
             torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -141,16 +143,16 @@ def _complete_batch(
         )
     new, n = found[:, length:].tolist(), settings.num_samples
     return {
-        i: [cut(text_behind(tokenizer, prompt, tokens), stop) for tokens in new[row * n : row * n + n]]
+        i: [cut(text_behind(tokenizer, prompt, tokens, ends), stop) for tokens in new[row * n : row * n + n]]
         for row, (i, prompt) in enumerate(prompts.items())
     }
 
 
 @contextmanager
-def _own_generation_config(model: Any, tokenizer: Any, pad: int) -> Iterator[None]:
+def _own_generation_config(model: Any, ends: list[int], pad: int) -> Iterator[None]:
     """Of the checkpoint's own generation settings only its EOS ids: a repetition penalty, say, is not the model."""
     before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=end_ids(before, tokenizer) or None, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
     try:
         yield
     finally:
@@ -160,10 +162,14 @@ def _own_generation_config(model: Any, tokenizer: Any, pad: int) -> Iterator[Non
 def end_ids(config: GenerationConfig, tokenizer: Any) -> list[int]:
     """Ids that end a completion: the checkpoint's and its tokenizer's."""
     theirs = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({i for i in (*theirs, tokenizer.eos_token_id) if i is not None})
+    return sorted({i for i in (*theirs, getattr(tokenizer, "eos_token_id", None)) if i is not None})
 
 
-def text_behind(tokenizer: Any, prompt: Sequence[int], tokens: list[int]) -> str:
-    """The text of new tokens behind a prompt; decoded alone, some tokenizers drop a space in front."""
+def text_behind(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], ends: Sequence[int]) -> str:
+    """The text of new tokens behind a prompt; decoded alone, some tokenizers drop a space in front.
+
+    It ends before the first of `ends`, which need be no special token of the tokenizer.
+    """
+    tokens = until_end(tokens, ends)
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return tokenizer.decode([*prompt, *tokens], **options)[len(tokenizer.decode(prompt, **options)) :]

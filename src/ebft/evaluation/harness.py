@@ -49,6 +49,18 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
     return manager
 
 
+def expand_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
+    """Names of tasks, with patterns such as `arc_*` written out; each once, in order.
+
+    Raises:
+        ValueError: As `check_tasks`.
+        ImportError: Likewise.
+    """
+    manager = check_tasks(tasks, include_path)
+    found = [[task] if Path(task).is_file() else sorted(manager.match_tasks([task])) for task in tasks]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
 def run_tasks(
     model_path: str | Path,
     tasks: Sequence[str],

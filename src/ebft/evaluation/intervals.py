@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NUMBERS_AT_A_TIME = 2**23  # drawn for resamples; with the weights made of them 128 MiB
+
 
 class Estimate(NamedTuple):
     """A mean and the ends of its interval, float64 [...] each."""
@@ -53,12 +55,14 @@ class DocumentMean:
         if not len(counts):
             raise ValueError("counts are all zero: no document has a token or context to average over.")
         mean = sums.sum(0) / counts.sum()
-        drawn = torch.randint(len(counts), (resamples, len(counts)), generator=torch.Generator().manual_seed(seed))
-        weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(drawn.shape).double()
-        )
-        means = (weights @ sums.flatten().view(len(counts), -1)) / (weights @ counts)[:, None]
+        generator, flat = torch.Generator().manual_seed(seed), sums.flatten().view(len(counts), -1)
+        one, means, at_once = torch.ones((), dtype=torch.float64), [], max(1, NUMBERS_AT_A_TIME // len(counts))
+        for first in range(0, resamples, at_once):
+            shape = min(at_once, resamples - first), len(counts)
+            drawn = torch.randint(len(counts), shape, generator=generator)  # chunk by chunk the same as all at once
+            weights = torch.zeros(shape, dtype=torch.float64).scatter_add_(1, drawn, one.expand(shape))
+            means.append((weights @ flat) / (weights @ counts)[:, None])
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        low, high = means.quantile(tails, dim=0)
+        low, high = torch.cat(means).quantile(tails, dim=0)
         # Of equal documents, rounding may put an end on the wrong side of the mean.
         return Estimate(mean, low.view_as(mean).minimum(mean), high.view_as(mean).maximum(mean))

@@ -17,14 +17,7 @@ from .summary import BY_POSITION, Row
 RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
-NOT_OF_THE_RESULTS = (
-    "output_dir",
-    "plots",
-    "batch_size",
-    "generation_batch_size",
-    "device",
-    "vllm_gpu_memory_utilization",
-)
+NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "device", "vllm_gpu_memory_utilization")
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:
@@ -36,16 +29,30 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir='{folder}' is a file: name a folder.")
     if (folder / RESULTS).exists():
-        before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
+        try:
+            before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"output_dir: {folder / RESULTS} holds no results of an evaluation ({error!r}): delete it, what is "
+                "measured stays in the folder's records."
+            ) from error
         now = json.loads(json.dumps(config))
-        old, new = ({k: v for k, v in x.items() if k not in NOT_OF_THE_RESULTS} for x in (before, now))
+        old, new = ({k: v for k, v in x.items() if k not in _without_effect(now)} for x in (before, now))
         check_same(old, new, folder)
+
+
+def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:
+    """Settings that results do not depend on; on the batch only transformers' sampling does, for its noise."""
+    sampling = max(config["num_samples"], config["best_of"]) > 1 and config["generation_engine"] == "transformers"
+    return NOT_OF_THE_RESULTS if sampling else (*NOT_OF_THE_RESULTS, "generation_batch_size")
 
 
 def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     """Write results.json (everything) and results.csv (the numbers, a line each)."""
     text = json.dumps({**about, "results": list(rows)}, indent=1)
-    (folder / RESULTS).write_text(text, encoding="utf-8")
+    unfinished = folder / f"{RESULTS}.unfinished"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / RESULTS)  # never half of it
     with open(folder / NUMBERS, "w", newline="", encoding="utf-8") as file:
         columns = ["model", "measure", "length", "mean", "low", "high", "units", "p_value"]
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -127,22 +134,23 @@ def band(axis: Any, rows: list[Row], name: str, color: str, **style: Any) -> Non
 def _curves(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     """Feature-matching loss of each model, and differences from the first.
 
-    Where prompts have several references it is the loss behind those prompts, which alone has the drawn floor.
+    Where prompts have several references also, dotted, the loss behind those prompts, which alone has a floor.
     """
-    found = {row["measure"] for row in rows}
-    if "feature_matching_loss" not in found:
+    measure = "feature_matching_loss"
+    if not any(row["measure"] == measure for row in rows):
         return None
-    measure = SHARED if SHARED in found else "feature_matching_loss"
     several = len(names) > 1
     figure, axes = plt.subplots(1, 2 if several else 1, figsize=(11 if several else 6, 4), layout="constrained")
     left = axes[0] if several else axes
     for i, name in enumerate(names):
         band(left, rows_of(rows, name, measure), name, f"C{i}", marker="o")
+        shared = rows_of(rows, name, SHARED)
+        prompts = f", {shared[0]['units']} prompts with several references" if shared else ""
+        band(left, shared, f"{name}{prompts}", f"C{i}", linestyle=":")
         if several and i:
             band(axes[1], rows_of(rows, f"{name} - {names[0]}", measure), f"{name} - {names[0]}", f"C{i}", marker="o")
-    band(left, rows_of(rows, names[0], FLOOR), "variance of the references", "black", linestyle="--")
-    where = ", prompts with several references" if measure == SHARED else ""
-    left.set_title(f"Held-out feature-matching loss{where}")
+    band(left, rows_of(rows, names[0], FLOOR), "variance of those references: the floor", "black", linestyle="--")
+    left.set_title("Held-out feature-matching loss")
     if several:
         axes[1].set_title("The same, paired difference")
         axes[1].axhline(0, color="black", linewidth=0.8)

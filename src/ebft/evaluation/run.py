@@ -5,11 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
+from ..extras import require
 from . import report
 from .config import EvaluationConfig
 from .intervals import DocumentMean
 from .suites import CodeSuite, DocumentSuite, Session, Suite, TaskSuite, TranslationSuite
-from .suites.base import require
 from .summary import Row, summarise
 
 
@@ -32,7 +32,7 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[R
     session = Session(config, console or Console())
     report.check_folder(session.folder, asdict(config))
     if config.plots:
-        require("matplotlib", "plot")
+        require("matplotlib", "plot", "plots (leave them out with --plots false)")
     suites = _suites(session)
     about: dict[str, Any] = {
         "config": asdict(config),
@@ -40,8 +40,12 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[R
     }
     for suite in suites:
         about |= suite.prepare()
+    turns = list(session.turns())
+    for turn in turns:
+        for suite in suites:
+            suite.open_records(turn)
     measured: dict[str, dict[str, DocumentMean]] = {}
-    for turn in session.turns():
+    for turn in turns:
         measured[turn.name] = {name: mean for suite in suites for name, mean in suite.measure(turn).items()}
         turn.release()
     rows = summarise(measured, {name: axis for suite in suites for name, axis in suite.axes.items()})

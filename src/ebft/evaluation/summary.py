@@ -1,6 +1,7 @@
 """From records or sums per document to rows of numbers: means with intervals, and paired differences of models."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -32,7 +33,8 @@ def means_of(records: Iterable[Mapping[str, Any]]) -> dict[str, DocumentMean]:
 def summarise(measured: Mapping[str, Mapping[str, DocumentMean]], lengths: Mapping[str, Sequence[Any]]) -> list[Row]:
     """One row per model, or pair of models, and number: mean and 95 % interval over documents.
 
-    Pairs are differences on the same documents with the same noise, in which what the models share cancels.
+    Pairs are differences on the same documents with the same noise, in which what the models share cancels. Those of
+    other contexts are left out, which one warning says: diversity where a model writes texts too short for a number.
 
     Args:
         measured: Model -> measure -> sums [M] or [M, L] and counts.
@@ -48,12 +50,20 @@ def summarise(measured: Mapping[str, Mapping[str, DocumentMean]], lengths: Mappi
                     row | {"measure": EXPONENTIALS[measure]} | {key: math.exp(row[key]) for key in _NUMBERS}
                     for row in found
                 ]
+    left_out: list[str] = []
     for one, other in combinations(measured, 2):
-        for measure in measured[one]:
+        for measure in dict.fromkeys((*measured[one], *measured[other])):
             pair = measured[one].get(measure), measured[other].get(measure)
-            # Diversity may be of other contexts, where one model writes nothing.
             if pair[0] is not None and pair[1] is not None and torch.equal(pair[0].counts, pair[1].counts):
                 rows += _rows(f"{other} - {one}", measure, pair[1] - pair[0], lengths)
+            else:
+                left_out.append(f"{other} - {one}: {measure}")
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} paired difference(s) left out, where the two models' numbers are of different contexts "
+            f"or only one model has any ({'; '.join(left_out)})",
+            stacklevel=2,
+        )
     return rows
 
 

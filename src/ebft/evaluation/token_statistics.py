@@ -22,13 +22,16 @@ class TokenStatistics(NamedTuple):
 
 
 @torch.no_grad()
-def token_statistics(model: nn.Module, input_ids: Tensor, doc_ids: Tensor) -> TokenStatistics:
-    """What a model says of given text, at temperature 1; a few rows of logits are in memory at a time.
+def token_statistics(
+    model: nn.Module, input_ids: Tensor, doc_ids: Tensor, temperature: float = 1.0
+) -> TokenStatistics:
+    """What a model says of given text; a few rows of logits are in memory at a time.
 
     Args:
         model: A causal LM, on the device of `input_ids`.
         input_ids: LongTensor [B, P].
         doc_ids: LongTensor [B, P] on the CPU, -1 for padding on the right.
+        temperature: What logits are divided by, above 0.
     """
     B, P = input_ids.shape
     nowhere = torch.zeros(B, 0, dtype=torch.long)
@@ -40,7 +43,7 @@ def token_statistics(model: nn.Module, input_ids: Tensor, doc_ids: Tensor) -> To
         targets, size = input_ids[:, 1:].flatten(), rows_per_chunk(parts.head, input_ids.device)
         found = [[], []]
         for rows, ids in zip(hidden.split(size), targets.split(size), strict=True):
-            log_probs = at_least_float32(parts.head(rows)).log_softmax(-1)
+            log_probs = (at_least_float32(parts.head(rows)) / temperature).log_softmax(-1)
             found[0].append(log_probs.gather(-1, ids[:, None])[:, 0])
             found[1].append(-(log_probs.exp() * log_probs).sum(-1))
         return TokenStatistics(*(torch.cat(part).view(B, P - 1) for part in found))

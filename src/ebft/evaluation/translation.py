@@ -1,11 +1,13 @@
 """Translation: segments in the common formats, prompts, and BLEU and chrF through sacrebleu."""
 
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._compat import with_python_scores
 from .rows import Row, given, read_rows, strings_of, text_of, value_of
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ class Segment:
     Attributes:
         source: The text.
         references: Its translations by people, at least one.
-        direction: Codes of both languages, such as "de-en".
+        direction: Codes of both languages, such as "de-en" or "en-zh_CN".
+        place: Where it comes from, for messages.
     """
 
     source: str
     references: tuple[str, ...]
     direction: str
+    place: str = field(default="segment", compare=False)
 
 
 class TranslationScore(NamedTuple):
@@ -126,7 +130,7 @@ def load_translations(
         rows = list(_tsv_rows(path))
     else:
         rows = read_rows(name, split, config, field)
-    segments = [_segment(row, place, direction) for place, row in rows]
+    segments = [replace(_segment(row, place, direction), place=place) for place, row in rows]
     if direction is not None:
         segments = [segment for segment in segments if segment.direction == direction]
     if not segments:
@@ -141,7 +145,8 @@ def codes_of(direction: str, label: str = "direction") -> tuple[str, str]:
         ValueError: It is not two codes with a dash between.
     """
     source, dash, target = direction.partition("-")
-    if not dash or not source.isalpha() or not target.isalpha() or source == target:
+    valid = all(re.fullmatch("[A-Za-z]+([_-][A-Za-z0-9]+)*", code) for code in (source, target))
+    if not dash or not valid or source == target:
         raise ValueError(f"{label} is {direction!r}: give two different language codes with a dash, such as de-en")
     return source, target
 
@@ -159,12 +164,28 @@ def translation_prompt(segment: Segment, template: str = TEMPLATE, names: Mappin
     """
     check_template(template)
     source, target = codes_of(segment.direction)
-    for code in (source, target):
-        if code not in names:
-            raise ValueError(
-                f"direction={segment.direction!r}: no name of the language {code!r} is known: pass `names`"
-            )
-    return template.format(source=segment.source, source_language=names[source], target_language=names[target])
+    asked = {name for _, name, _, _ in string.Formatter().parse(template)}
+    known = {
+        field: _language(code, names, segment.direction)
+        for field, code in (("source_language", source), ("target_language", target))
+        if field in asked
+    }
+    return template.format(source=segment.source, **known)
+
+
+def _language(code: str, names: Mapping[str, str], direction: str) -> str:
+    """A language's name: of its code, or of the code before a region (zh_CN).
+
+    Raises:
+        ValueError: Neither is known.
+    """
+    for known in (code, code.replace("-", "_").partition("_")[0].lower()):
+        if known in names:
+            return names[known]
+    raise ValueError(
+        f"direction={direction!r}: no name of the language {code!r} is known: write it into --translation_template "
+        "in place of {source_language} or {target_language} (in Python, pass `names`)."
+    )
 
 
 def check_template(template: str, field: str = "translation_template") -> None:
@@ -346,7 +367,7 @@ def _metrics(direction: str, *, sentences: bool = False) -> "dict[str, Metric]":
 
     target = codes_of(direction)[1]
     # Sentences shorter than four words have no 4-gram: without the effective order their BLEU says nothing.
-    return {"BLEU": BLEU(trg_lang=target, effective_order=sentences), "chrF": CHRF()}
+    return {"BLEU": BLEU(trg_lang=target, effective_order=sentences), "chrF": with_python_scores(CHRF())}
 
 
 def _sacrebleu() -> None:

@@ -21,14 +21,16 @@ class VLLMEngine:
         dtype: Such as "bfloat16".
         seed: Of the engine; each prompt's samples have seeds of their own.
         gpu_memory_utilization: vLLM's share of a GPU's memory.
+        longest: Tokens of the longest prompt with its completion: what it keeps room for.
     """
 
-    def __init__(self, path: str, tokenizer: Any, dtype: str, seed: int, gpu_memory_utilization: float):
+    def __init__(self, path: str, tokenizer: Any, dtype: str, seed: int, gpu_memory_utilization: float, longest: int):
         from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         self.tokenizer = tokenizer
         # "vllm": nothing of the checkpoint's own generation settings, such as a repetition penalty.
-        options = {"generation_config": "vllm", "gpu_memory_utilization": gpu_memory_utilization}
+        options: dict[str, Any] = {"generation_config": "vllm", "gpu_memory_utilization": gpu_memory_utilization}
+        options["max_model_len"] = longest
         self.llm = LLM(model=path, dtype=dtype, seed=seed, **options)
         try:
             own = GenerationConfig.from_pretrained(path)
@@ -64,7 +66,8 @@ class VLLMEngine:
             )
             yield {
                 i: [
-                    cut(text_behind(self.tokenizer, prompts[i], list(one.token_ids)), stop[i]) for one in found.outputs
+                    cut(text_behind(self.tokenizer, prompts[i], one.token_ids, self.ends), stop[i])
+                    for one in found.outputs
                 ]
                 for i, found in zip(chunk, outputs, strict=True)
             }

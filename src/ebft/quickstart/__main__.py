@@ -20,6 +20,7 @@ from ..evaluation import DocumentSettings
 from ..evaluation.report import save
 from ..evaluation.report import show as show_numbers
 from ..evaluation.summary import summarise
+from ..extras import require
 from ..features import FeatureNetwork
 from . import corpus, report
 from .measuring import continuations, measure
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {name: getattr(options, name) for name in ("base_documents", "documents")}
     sizes = replace(sizes, **{name: value for name, value in chosen.items() if value is not None})
     try:
-        report.require_matplotlib()
+        require("matplotlib", "plot", "the quickstart's plot")
         prepare_folder(options.output_dir, options.overwrite)
         quiet()
         run(options.output_dir, sizes, options.seed, options.learning_rate)

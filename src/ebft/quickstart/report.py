@@ -1,7 +1,6 @@
 """Continuations as tables on the screen, and curves of measurements and trainings as a plot."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,6 @@ from ..artifacts import METRICS
 from ..evaluation.report import band, length_axis, rows_of
 
 COLORS = {"base": "tab:gray", "sft": "tab:blue", "ebft": "tab:orange"}
-
-
-def require_matplotlib() -> None:
-    """Fail before the work, not after it.
-
-    Raises:
-        ValueError: matplotlib, an optional extra, is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ValueError("the quickstart draws a plot and needs matplotlib: pip install 'ebft[plot]'")
 
 
 def show_continuations(console: Console, continuations: list[dict[str, str]]) -> None:

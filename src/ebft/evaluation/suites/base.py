@@ -4,10 +4,10 @@ import gc
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ... import models as loading
 from ..._compat import revision_of
+from ...extras import require
 from ..config import EvaluationConfig
 from ..generation import GenerationSettings, check_room, complete
 from ..intervals import DocumentMean
@@ -38,9 +39,20 @@ class Session:
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
         if config.generation_engine == "vllm":
-            require("vllm", "vllm")
+            require("vllm", "vllm", "generation_engine='vllm'")
+            self._check_vllm_device()
         self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
+        for path in config.model_name_or_path:
+            _check_weights(path)
+        self.longest_prompt = 0
         self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
+
+    def _check_vllm_device(self) -> None:
+        if self.device.index:
+            raise ValueError(
+                f"device={self.config.device!r}: vLLM takes the first GPU it sees; set CUDA_VISIBLE_DEVICES="
+                f"{self.device.index} and leave device out."
+            )
 
     def load(self, path: str) -> Any:
         """A model, ready to be measured."""
@@ -61,7 +73,9 @@ class Session:
             ValueError: Names the first one.
         """
         for model_config, tokenizer in zip(self.model_configs, self.tokenizers, strict=True):
-            check_room(prompt_tokens(tokenizer, prompts), names, model_config, self.config.max_new_tokens)
+            tokens = prompt_tokens(tokenizer, prompts)
+            check_room(tokens, names, model_config, self.config.max_new_tokens)
+            self.longest_prompt = max(self.longest_prompt, *map(len, tokens))
 
     @contextmanager
     def progress(self, text: str, total: int) -> Iterator[Any]:
@@ -88,7 +102,8 @@ class Turn:
         """The model in vLLM, which wants the memory for itself."""
         self.release()
         config, dtype = self.session.config, str(self.session.dtype).removeprefix("torch.")
-        return VLLMEngine(self.path, self.tokenizer, dtype, config.seed, config.vllm_gpu_memory_utilization)
+        longest = self.session.longest_prompt + config.max_new_tokens
+        return VLLMEngine(self.path, self.tokenizer, dtype, config.seed, config.vllm_gpu_memory_utilization, longest)
 
     def complete(
         self,
@@ -147,6 +162,14 @@ class Suite(ABC):
         return {}
 
     @abstractmethod
+    def open_records(self, turn: Turn) -> None:
+        """Refuse, before any work, records of a model that are of something else.
+
+        Raises:
+            ValueError: Names the folder and what differs.
+        """
+
+    @abstractmethod
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """Measure a model: measure -> a sum and a count of each unit, the same units for every model."""
 
@@ -155,26 +178,39 @@ class Suite(ABC):
         return []
 
 
+def generation_identity(settings: GenerationSettings, engine: str) -> dict[str, Any]:
+    """What completions depend on; on the size of a batch only transformers' sampling, whose noise is a batch's."""
+    about = asdict(settings) | {"engine": engine}
+    if engine != "transformers" or not settings.temperature:
+        del about["batch_size"]
+    return about
+
+
 def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Prompts as training tokenises them: each by itself, with the tokenizer's own special tokens."""
     return [list(tokenizer(text)["input_ids"]) for text in texts]
 
 
-def require(package: str, extra: str) -> None:
-    """Refuse what an optional package is needed for.
+def _check_weights(path: str) -> None:
+    """Refuse a folder without weights, whose turn may come hours from now.
 
     Raises:
-        ValueError: It is not installed; names the extra.
+        ValueError: Names the folder.
     """
-    if find_spec(package) is None:
-        raise ValueError(f"{package} is needed for this and not installed: pip install 'ebft[{extra}]'")
+    if Path(path).is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in Path(path).iterdir()):
+        raise ValueError(f"model_name_or_path: {path} holds no weights (*.safetensors or *.bin).")
 
 
 def _fingerprint(path: str) -> Any:
-    """What tells one state of a model from another: a Hub model's commit, or names, sizes and times of its files."""
+    """What tells one state of a model from another: a Hub model's commit, or its files' fingerprint."""
     if not Path(path).is_dir():
         return revision_of(loading.load_config(path))
-    files = [file for file in sorted(Path(path).iterdir()) if file.is_file()]  # results may stand in a folder below
+    return files_fingerprint(Path(path).iterdir())  # results may stand in a folder below
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files, as a short text; folders are left out."""
+    files = [file for file in sorted(paths) if file.is_file()]
     about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 

@@ -11,7 +11,7 @@ from ..intervals import DocumentMean
 from ..pass_at_k import pass_at_k
 from ..records import Record, RecordFile
 from ..summary import means_of
-from .base import Session, Suite, Turn, prompt_tokens
+from .base import Session, Suite, Turn, generation_identity, prompt_tokens
 
 if TYPE_CHECKING:
     from ...sandbox import Sandbox
@@ -41,19 +41,33 @@ class CodeSuite(Suite):
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """pass@k of each benchmark; a unit is a problem."""
-        runs = {"greedy": (self.config.greedy(), [1])}
-        if self.config.num_samples > 1:
-            runs["sampled"] = self.config.sampled(self.config.num_samples), self.config.pass_at_k
         means = {}
         for name, problems in self.benchmarks.items():
-            for kind, (settings, ks) in runs.items():
-                about = asdict(settings) | {"time_limit": self.config.time_limit, "sandbox": self.sandbox.layer}
-                about["engine"] = self.config.generation_engine
-                file = turn.records(f"{name}-{kind}", about, [asdict(problem) for problem in problems])
+            for kind, (settings, ks) in self._runs().items():
+                file = self._file(turn, name, kind, settings)
                 with turn.progress(f"{name}, {kind}", len(problems)) as advance:
                     run_code(turn, problems, self.sandbox, settings, file, advance)
                 means |= means_of(pass_records(list(file.records.values()), ks, f"{name}/{kind}"))
         return means
+
+    def open_records(self, turn: Turn) -> None:
+        """Those of each benchmark."""
+        for name in self.benchmarks:
+            for kind, (settings, _) in self._runs().items():
+                self._file(turn, name, kind, settings)
+
+    def _runs(self) -> dict[str, tuple[GenerationSettings, Sequence[int]]]:
+        """How problems are completed, and the k of pass@k."""
+        config = self.config
+        runs: dict[str, tuple[GenerationSettings, Sequence[int]]] = {"greedy": (config.greedy(), [1])}
+        if config.num_samples > 1:
+            runs["sampled"] = config.sampled(config.num_samples), config.pass_at_k
+        return runs
+
+    def _file(self, turn: Turn, name: str, kind: str, settings: GenerationSettings) -> RecordFile:
+        about = {"time_limit": self.config.time_limit, "sandbox": self.sandbox.layer}
+        about |= generation_identity(settings, self.config.generation_engine)
+        return turn.records(f"code-{name}-{kind}", about, [asdict(problem) for problem in self.benchmarks[name]])
 
 
 def run_code(

@@ -1,17 +1,19 @@
 """Held-out documents: cross-entropy, feature-matching loss, calibration, diversity (`document_measures`)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ... import models as loading
 from ...data import load_documents, tokenize_documents
+from ...extras import version_of
 from ...features import FeatureNetwork
 from ...support import check_config, check_same_vocabulary
 from ..document_measures import LENGTHS, measure_documents, prompt_groups
 from ..intervals import DocumentMean
+from ..records import Record, RecordFile
 from ..summary import means_of
 from .base import Session, Suite, Turn
 
@@ -25,7 +27,7 @@ class DocumentSuite(Suite):
 
     def __init__(self, session: Session):
         self.session, config = session, session.config
-        self.tokenizer, self.network = session.tokenizers[0], None
+        self.tokenizer, self.network, self.described = session.tokenizers[0], None, None
         max_length = self._max_length()
         self._check_vocabularies()
         name = str(config.dataset_name)
@@ -69,22 +71,43 @@ class DocumentSuite(Suite):
         config = self.session.config
         model = self.session.load(config.feature_model_name_or_path or config.model_name_or_path[0])
         self.network = FeatureNetwork(model, config.feature_layers, norm=config.feature_norm)
-        return {"feature_network": loading.describe_feature_network(self.network)}
+        self.described = loading.describe_feature_network(self.network)
+        self.network.model.to("cpu")  # until it is needed: another suite may want the memory
+        return {"feature_network": self.described}
+
+    def open_records(self, turn: Turn) -> None:
+        """Those of the documents."""
+        self._file(turn)
+
+    def _file(self, turn: Turn) -> RecordFile:
+        about = asdict(self.settings) | {"phi": self.described}
+        del about["batch_size"]  # no rollout depends on its neighbours
+        if "diversity" in self.settings.measures:
+            about["self_bleu"] = version_of("sacrebleu")
+        return turn.records("documents", about, self.documents)
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """All measures; a unit is a document, or the documents of one prompt."""
-        phi = None if self.network is None else loading.describe_feature_network(self.network)
-        file = turn.records("documents", asdict(self.settings) | {"phi": phi}, self.documents)
+        file = self._file(turn)
         groups = prompt_groups(self.documents)
         left = [group for group in groups if group[0]["document_id"] not in file]
         with turn.progress("documents", len(self.documents)) as advance:
             advance(len(self.documents) - sum(map(len, left)))
             sizes = {group[0]["document_id"]: len(group) for group in left}
-            if left:
-                for records in measure_documents(turn.model, self.network, left, self.settings, self.tokenizer):
-                    file.append(records)
-                    advance(sum(sizes[record["id"]] for record in records))
+            for records in self._measured(turn, left):
+                file.append(records)
+                advance(sum(sizes[record["id"]] for record in records))
         return means_of(file.records.values())
+
+    def _measured(self, turn: Turn, left: list[list[dict]]) -> Iterator[list[Record]]:
+        """Records of groups of documents; without any, the model need not be loaded."""
+        if not left:
+            return
+        if self.network is not None:
+            self.network.model.to(self.session.device)
+        yield from measure_documents(turn.model, self.network, left, self.settings, turn.tokenizer)
+        if self.network is not None:
+            self.network.model.to("cpu")  # another suite may want the memory
 
 
 def longest_document(config: Any) -> int:

@@ -1,11 +1,18 @@
 """Tasks of lm-evaluation-harness, on the checkpoint as it is saved."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from ..harness import TaskScore, check_tasks, run_tasks
+from ...extras import require, version_of
+from ..harness import TaskScore, expand_tasks, run_tasks
 from ..intervals import DocumentMean
+from ..records import RecordFile
 from ..summary import Row
-from .base import Session, Suite, Turn, require
+from .base import Session, Suite, Turn, files_fingerprint
+
+TASK_FILES = (".yaml", ".yml", ".py")
 
 
 class TaskSuite(Suite):
@@ -16,17 +23,16 @@ class TaskSuite(Suite):
     """
 
     def __init__(self, session: Session):
-        require("lm_eval", "lm-eval")
+        require("lm_eval", "lm-eval", "--tasks")
         self.session, self.config = session, session.config
-        check_tasks(self.config.tasks)
+        self.tasks = expand_tasks(self.config.tasks)
         self.others: list[Row] = []
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """Means over a task's examples, with which models can be paired; what is no such mean comes in `rows`."""
-        options = {"limit": self.config.tasks_limit, "seed": self.config.seed}
-        file = turn.records("tasks", options, None)
-        with turn.progress("tasks", len(self.config.tasks)) as advance:
-            for task in self.config.tasks:
+        options, file = self._options, self._file(turn)
+        with turn.progress("tasks", len(self.tasks)) as advance:
+            for task in self.tasks:
                 if task not in file:
                     turn.release()
                     dtype = str(self.session.dtype).removeprefix("torch.")
@@ -34,7 +40,7 @@ class TaskSuite(Suite):
                     file.append([{"id": task, "scores": [score._asdict() for score in scores]}])
                 advance(1)
         means = {}
-        for score in (TaskScore(**found) for task in self.config.tasks for found in file.records[task]["scores"]):
+        for score in (TaskScore(**found) for task in self.tasks for found in file.records[task]["scores"]):
             name = f"{score.task}/{score.metric}"
             if score.values is None:
                 self.others.append(_row(turn.name, name, score))
@@ -42,6 +48,23 @@ class TaskSuite(Suite):
                 values = torch.tensor(score.values, dtype=torch.float64)
                 means[name] = DocumentMean(values, torch.ones_like(values))
         return means
+
+    def open_records(self, turn: Turn) -> None:
+        """Those of the tasks."""
+        self._file(turn)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"limit": self.config.tasks_limit, "seed": self.config.seed}
+
+    def _file(self, turn: Turn) -> RecordFile:
+        # A task file may include others beside it, and functions.
+        files = {
+            task: files_fingerprint(path for path in Path(task).parent.iterdir() if path.suffix in TASK_FILES)
+            for task in self.tasks
+            if Path(task).is_file()
+        }
+        return turn.records("tasks", self._options | {"lm_eval": version_of("lm_eval"), "files": files}, None)
 
     def rows(self) -> list[Row]:
         """Scores that are no plain means over examples, with the harness's own standard errors."""

@@ -1,14 +1,15 @@
 """Translation: BLEU and chrF through sacrebleu, COMET on request; the greedy translation and the best of several."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+from ...extras import require
 from .. import comet
 from ..generation import GenerationSettings
 from ..intervals import DocumentMean
-from ..records import Record
+from ..records import Record, RecordFile
 from ..summary import Row, means_of
 from ..translation import (
     STOP,
@@ -18,7 +19,7 @@ from ..translation import (
     translation_prompt,
     translation_scores,
 )
-from .base import Session, Suite, Turn, prompt_tokens, require
+from .base import Session, Suite, Turn, files_fingerprint, generation_identity, prompt_tokens
 
 
 class TranslationSuite(Suite):
@@ -29,7 +30,7 @@ class TranslationSuite(Suite):
     """
 
     def __init__(self, session: Session):
-        require("sacrebleu", "translation")
+        require("sacrebleu", "translation", "--translation")
         self.session, self.config = session, session.config
         if self.config.comet:
             comet.check_environment()
@@ -42,25 +43,36 @@ class TranslationSuite(Suite):
             config=self.config.translation_config,
         )
         self.prompts = [translation_prompt(segment, template) for segment in self.segments]
-        session.check_room([f"segment {i}" for i in range(len(self.prompts))], self.prompts)
+        session.check_room([segment.place for segment in self.segments], self.prompts)
         self.translations: dict[str, list[list[str]]] = {}
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
         """Translate; a mean over segments only where COMET is asked for."""
-        runs = {"greedy": self.config.greedy()}
-        if self.config.best_of > 1:
-            runs["sampled"] = self.config.sampled(self.config.best_of - 1)
         found: list[list[str]] = [[] for _ in self.segments]
-        for kind, settings in runs.items():
+        for kind, settings in self._runs().items():
             for texts, new in zip(found, self._translate(turn, kind, settings), strict=True):
                 texts += new
         self.translations[turn.name] = found
         return means_of(self._comet(turn, [texts[0] for texts in found])) if self.config.comet else {}
 
+    def open_records(self, turn: Turn) -> None:
+        """Those of the translations; COMET's depend on what is translated."""
+        for kind, settings in self._runs().items():
+            self._file(turn, kind, settings)
+
+    def _runs(self) -> dict[str, GenerationSettings]:
+        runs = {"greedy": self.config.greedy()}
+        if self.config.best_of > 1:
+            runs["sampled"] = self.config.sampled(self.config.best_of - 1)
+        return runs
+
+    def _file(self, turn: Turn, kind: str, settings: GenerationSettings) -> RecordFile:
+        about = generation_identity(settings, self.config.generation_engine)
+        return turn.records(f"translation-{kind}", about, self.prompts)
+
     def _translate(self, turn: Turn, kind: str, settings: GenerationSettings) -> list[list[str]]:
         """So many translations of each segment, as `settings` say."""
-        about = asdict(settings) | {"engine": self.config.generation_engine}
-        file = turn.records(f"translation-{kind}", about, self.prompts)
+        file = self._file(turn, kind, settings)
         tokens, done = prompt_tokens(turn.tokenizer, self.prompts), [i in file for i in range(len(self.prompts))]
         with turn.progress(f"translation, {kind}", len(self.prompts)) as advance:
             advance(sum(done))
@@ -71,8 +83,11 @@ class TranslationSuite(Suite):
 
     def _comet(self, turn: Turn, hypotheses: Sequence[str]) -> list[Record]:
         """COMET of each segment, as records of sums and counts."""
-        settings = {"comet": self.config.comet_model}
-        file = turn.records("translation-comet", settings, [[asdict(s) for s in self.segments], list(hypotheses)])
+        local = Path(self.config.comet_model)
+        state = files_fingerprint([local]) if local.exists() else None
+        settings = {"comet": self.config.comet_model, "comet_state": state}
+        scored = [[segment.source, segment.references] for segment in self.segments]
+        file = turn.records("translation-comet", settings, [scored, list(hypotheses)])
         if len(file.records) < len(hypotheses):
             self.session.console.print(f"{turn.name}: COMET ({self.config.comet_model})", highlight=False)
             turn.release()

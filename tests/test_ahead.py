@@ -68,6 +68,21 @@ def test_what_is_not_of_the_step_is_sampled_by_itself(batches):
     assert calls == [2, 4, 4], "nothing of an earlier step is handed out"
 
 
+def test_micro_batches_that_are_too_unequal_stay_apart(tmp_path):
+    """The third would have the blocks of its one long row padded to four rows more."""
+    lengths = [12, 13, 12, 13, 40, 40, 12, 13]
+    run = trainer(small_model(), documents(lengths), tmp_path, settings=dict(per_device_train_batch_size=2))
+    found = list(run.get_train_dataloader())
+    for batch in found:
+        batch["layout"] = batch_layout(batch, run.args, run.anchors, 0)
+    calls: list[int] = []
+    ahead = SamplingAhead(sampler(calls), 99)
+    ahead.begin_step(found)
+    for batch in found:
+        ahead.rollouts(batch)
+    assert calls == [4, 2, 2]
+
+
 def test_split_undoes_joined(batches):
     merged = joined(batches)
     shape = (*merged["layout"].anchors.shape, 2, 4)

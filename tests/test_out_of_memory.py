@@ -78,3 +78,23 @@ def test_a_micro_batch_that_may_not_fit_is_warned_of_once_and_trained_on(tmp_pat
         train(model, rows, tmp_path, settings=dict(max_length=256))
     assert sum("if memory runs out" in str(warning.message) for warning in told) == 1
     assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_memory_that_runs_out_while_several_micro_batches_are_sampled(tmp_path):
+    """What is named is what was sampled together, and the setting that makes it less."""
+    settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, reuse_sampling_forward=False)
+    ours = trainer(
+        small_model(),
+        documents([20, 20, 20, 20, 40, 20]),
+        tmp_path,
+        settings=settings | dict(per_device_generation_batch_size=6),
+    )
+
+    def sample(inputs):
+        raise torch.OutOfMemoryError("no more")
+
+    ours.sample = sample
+    with pytest.raises(ValueError, match=r"while sampling 6 rows of up to 40 tokens and \d+ blocks at once; to go"):
+        ours.train()
+    with pytest.raises(ValueError, match="set per_device_generation_batch_size: 3. there is no"):
+        ours.train()

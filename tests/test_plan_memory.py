@@ -1,5 +1,6 @@
 """The plan's memory against what real training runs hold at their worst moment, and what it says fits."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -131,3 +132,23 @@ def test_longest_row_is_found_in_a_shuffled_dataset(tmp_path):
     assert ours.train_dataset is not None
     shuffled = ours.train_dataset.shuffle(seed=1)
     assert longest_row(shuffled, ours.args, ours.anchors) == survey(shuffled, ours.args, ours.anchors).largest_row
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_fits_fits_with_what_is_sampled_at_once(batch_size, checkpointing):
+    """Whatever the memory: the run with the settings that are named is within it."""
+    run = replace(RUN, sampled=16, checkpointing=checkpointing)
+    least = replace(run, sampled=1, checkpointing=True).memory(ROW, 1)["total"]
+    most = run.memory(ROW, batch_size)["total"]
+    named = set()
+    for share in range(1, 60):
+        limit = least + (most - least) * share / 60
+        text = what_fits(run, ROW, batch_size, 16, limit)
+        values = {key: int(value) for key, value in re.findall(r"(\w+): (\d+)", text)}
+        changed = replace(run, checkpointing=checkpointing or "gradient_checkpointing" in text, accumulates=True)
+        rows = values.get("per_device_train_batch_size", batch_size)
+        changed = replace(changed, sampled=values.get("per_device_generation_batch_size", 16))
+        assert changed.memory(ROW, rows)["total"] <= limit, text
+        named |= values.keys()
+    assert "per_device_generation_batch_size" in named

@@ -13,12 +13,13 @@ from .layouts import joined_layout, stacked
 from .rollout import Rollouts
 
 Batch = dict[str, Any]
+MOST_PADDING = 1.5  # times the blocks that there are
 
 
 class SamplingAhead:
     """Hands out each micro-batch's rollouts, sampled together with those of the micro-batches that follow.
 
-    Rows are padded to the longest of a group, so that very unequal documents cost more together than apart.
+    Rows are padded to the longest of a group, so micro-batches that are too unequal are left apart.
 
     Args:
         sample: Rollouts of a batch, of which it reads `input_ids`, `document_ids` and `layout`.
@@ -55,9 +56,14 @@ class SamplingAhead:
         while self._waiting[0]["layout"] is not inputs["layout"]:
             self._waiting.popleft()
         group: list[Batch] = []
-        while self._waiting and (not group or sum(map(_rows, [*group, self._waiting[0]])) <= self.rows):
+        while self._waiting and (not group or self._go_together([*group, self._waiting[0]])):
             group.append(self._waiting.popleft())
         return group
+
+    def _go_together(self, group: list[Batch]) -> bool:
+        rows, blocks = [len(batch["input_ids"]) for batch in group], [batch["layout"].num_blocks for batch in group]
+        needed = sum(n * k for n, k in zip(rows, blocks, strict=True))
+        return sum(rows) <= self.rows and sum(rows) * max(blocks) <= MOST_PADDING * needed
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -71,10 +77,6 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def split(rollouts: Rollouts, batches: Sequence[Batch]) -> list[Rollouts]:
     """The rollouts [B, K, N, G] of `joined(batches)` back to each."""
-    rows = [x.split([_rows(batch) for batch in batches]) for x in rollouts]
+    rows = [x.split([len(batch["input_ids"]) for batch in batches]) for x in rollouts]
     blocks = [batch["layout"].num_blocks for batch in batches]
     return [Rollouts(*(x[:, :k] for x in parts)) for k, *parts in zip(blocks, *rows, strict=True)]
-
-
-def _rows(batch: Batch) -> int:
-    return len(batch["input_ids"])

@@ -293,24 +293,39 @@ def what_fits(footprint: Footprint, row: Work, batch_size: int, accumulation: in
         limit: Bytes of the device.
     """
     if footprint.sampled > batch_size and largest_batch(footprint, row, limit) >= batch_size:
-        return f"set per_device_generation_batch_size: {batch_size}"
-    smaller = _divisor(batch_size, largest_batch(replace(footprint, accumulates=True), row, limit))
+        return f"set {sampled_at_once(footprint, row, batch_size, limit)}"
+    accumulating = replace(footprint, accumulates=True)
+    smaller = _divisor(batch_size, largest_batch(accumulating, row, limit))
     if 0 < smaller < batch_size:
-        return _the_same_update(batch_size, smaller, accumulation)
+        return _the_same_update(batch_size, smaller, accumulation) + _and_sampling(accumulating, row, smaller, limit)
     checkpointed = replace(footprint, checkpointing=True, accumulates=True)
     smaller = _divisor(batch_size, largest_batch(checkpointed, row, limit))
     if smaller:
         other = f" and {_the_same_update(batch_size, smaller, accumulation)}" if smaller < batch_size else ""
-        return f"set gradient_checkpointing: true{other}"
+        return f"set gradient_checkpointing: true{other}" + _and_sampling(checkpointed, row, smaller, limit)
     blocks = int(row.blocks)
     while blocks and not largest_batch(checkpointed, limited(row, blocks), limit):
         blocks //= 2
     if blocks:
         same = f" and {_the_same_update(batch_size, 1, accumulation)}" if batch_size > 1 else ""
-        return f"set gradient_checkpointing: true, max_blocks: {blocks}{same}"
+        more = _and_sampling(checkpointed, limited(row, blocks), 1, limit)
+        return f"set gradient_checkpointing: true, max_blocks: {blocks}{same}{more}"
     if footprint.weights.trained > LORA_SHARE * footprint.weights.policy / FLOAT32:
         return "train an adapter instead (use_peft: true), take a smaller model, or a device with more memory"
     return "take a smaller model, a smaller max_length, or a device with more memory"
+
+
+def sampled_at_once(footprint: Footprint, row: Work, batch_size: int, limit: float) -> str:
+    """The setting with which micro-batches that fit are also sampled within `limit` bytes; "" if as it is."""
+    count = max(batch_size, footprint.sampled)
+    while count > batch_size and replace(footprint, sampled=count).memory(row, batch_size)["total"] > limit:
+        count -= 1
+    return f"per_device_generation_batch_size: {count}" if count < footprint.sampled else ""
+
+
+def _and_sampling(footprint: Footprint, row: Work, batch_size: int, limit: float) -> str:
+    setting = sampled_at_once(footprint, row, batch_size, limit)
+    return f" and {setting}" if setting else ""
 
 
 def _divisor(batch_size: int, at_most: int) -> int:

@@ -52,6 +52,7 @@ class MemoryGuard:
         self.footprint = run_footprint(args, policy, network, reference, processes=args.world_size)
         self.quantised = bool(getattr(causal_lm(policy), "is_quantized", False))
         self.row: Work | None = None
+        self.together = 0  # rows, while several micro-batches are sampled at once
         self.rows = args.per_device_train_batch_size
 
     def check_weights(self) -> None:
@@ -89,8 +90,20 @@ class MemoryGuard:
         blocks, prefixes = layout.num_blocks, (layout.anchors - layout.prefix_starts).double().sum(-1).max()
         self.row = Work(length, blocks, float(prefixes), length * (length + 1) / 2)
 
+    @contextmanager
+    def sampling(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Several micro-batches are sampled at once, as one; what memory is about meanwhile."""
+        before = self.rows, self.row
+        self.at_work(inputs)
+        self.together = self.rows if self.rows > self.args.per_device_train_batch_size else 0
+        yield
+        # Not where memory ran out: the explanation comes then.
+        self.together, (self.rows, self.row) = 0, before
+
     def _remedy(self, limit: float) -> str:
         assert self.row is not None
+        if self.together:
+            return f"set per_device_generation_batch_size: {self.together // 2}"
         return what_fits(self.footprint, self.row, self.rows, self.args.gradient_accumulation_steps, limit)
 
     @contextmanager
@@ -118,6 +131,11 @@ class MemoryGuard:
         )
         if self.row is None:
             return f"out of memory on {args.device} before the first micro-batch ({error}); {resume}."
+        if self.together:
+            return (
+                f"out of memory on {args.device} while sampling {self.together} rows of up to {self.row.tokens} "
+                f"tokens and {self.row.blocks} blocks at once; to go on, {self._remedy(limit)}. {resume}."
+            )
         memory = self.footprint.memory(self.row, self.rows)
         shown = {name: size for name, size in memory.items() if name != "total" and not name.startswith("in ")}
         return (

@@ -126,7 +126,7 @@ class EBFTTrainer(RecordedTrainer):
         self._user_metrics, self._formatting_func = compute_metrics, formatting_func
         # A `sample` that somebody wrote is given the batches as they are.
         ours = type(self).sample is EBFTTrainer.sample
-        self._ahead = SamplingAhead(lambda batch: self.sample(batch), args.rows_sampled_on(args.device) if ours else 1)
+        self._ahead = SamplingAhead(self._sample_explained, args.rows_sampled_on(args.device) if ours else 1)
         super().__init__(
             base_name=base_name,
             model=policy,
@@ -207,6 +207,10 @@ class EBFTTrainer(RecordedTrainer):
         # DDP averages gradients over ranks, and ours are shares of a sum.
         loss = loss * self.accelerator.num_processes
         return (loss, {"log_probs": log_probs}) if return_outputs else loss
+
+    def _sample_explained(self, batch: dict[str, Any]) -> Rollouts:
+        with self.memory.sampling(batch):
+            return self.sample(batch)
 
     def _loss_of_rollouts(self, model, objective: Objective, tokens: Tensor, layout: BlockLayout):
         """Loss and log-probs of rollouts that were sampled before; one call of `model`."""

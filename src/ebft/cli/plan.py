@@ -239,16 +239,18 @@ def _device_memory(arguments: Arguments) -> tuple[float, str]:
 
 def _fit(footprint: Footprint, documents: Documents, args: EBFTConfig, limit: float) -> dict[str, Any]:
     """Whether the micro-batch fits, the largest that does, and what to change."""
-    from ebft.footprint import largest_batch, what_fits
+    from ebft.footprint import largest_batch, sampled_at_once, what_fits
 
     row, batch = documents.largest_row, args.per_device_train_batch_size
     needed = footprint.memory(row, batch)["total"]
     fits = needed <= limit
+    largest = largest_batch(footprint, row, limit)
+    with_it = sampled_at_once(footprint, row, largest, limit) if largest else ""
     change = None if fits else what_fits(footprint, row, batch, args.gradient_accumulation_steps, limit)
     return {
         "per_device_train_batch_size": batch,
         "fits": f"{'yes' if fits else 'NO'}: {needed / GIB:.2f} of {limit / GIB:.2f} GiB",
-        "largest that fits": largest_batch(footprint, row, limit),
+        "largest that fits": f"{largest}, with {with_it}" if with_it else largest,
         "to make it fit": change,
     }
 

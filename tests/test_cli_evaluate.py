@@ -13,7 +13,7 @@ from ebft.cli import main
 from ebft.data import load_documents, tokenize_documents
 from ebft.evaluation import DocumentSettings, document_means
 from sandboxes import works
-from stand_ins import comet_stand_in, own_task
+from stand_ins import comet_stand_in, harness_or_stand_in, own_task
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
@@ -32,6 +32,7 @@ def workplace(tmp_path_factory):
     asked = [{"prompt": "the quick brown", "completion": f" fox jumps over {i} dogs"} for i in range(3)]
     write(folder / "qa.jsonl", [*asked, {"prompt": "user: what is two", "completion": " and two? four."}])
     write(folder / "problems.jsonl", [{"id": "add", "prompt": "def add(a, b):\n", "tests": "assert add(1, 2) == 3"}])
+    write(folder / "swiss.jsonl", [{"source": "Grueezi", "target": "hello", "direction": "gsw-en"}])
     write(folder / "long.jsonl", [{"translation": {"de": n * "x", "en": "y"}} for n in (1, 999)])
     shutil.copytree(folder / "sft", folder / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
@@ -156,6 +157,19 @@ def test_another_batch_size_goes_on(run, tmp_path):
             (tmp_path / output / "results.json").unlink(missing_ok=True)  # then the records decide
 
 
+def test_a_damaged_record_is_named_and_nothing_is_lost(run, tmp_path):
+    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    records = tmp_path / "out" / "records" / "ebft-documents.jsonl"
+    first, *rest = whole = records.read_text().splitlines(keepends=True)
+    for lines, place in (([first, "{oops\n", *rest], "line 2"), ([first, "{}\n"], "line 2"), (["3\n"], "line 1")):
+        records.write_text("".join(lines))
+        status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+        assert status == 2 and f"ebft-documents.jsonl, {place}: no record of an evaluation: delete th" in printed.err
+        assert records.read_text() == "".join(lines)
+    records.write_text("".join(whole))
+    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+
+
 def test_half_written_results_are_named(run, tmp_path):
     (tmp_path / "out").mkdir()
     for text in ('{"config": {"see', "[]"):
@@ -225,6 +239,20 @@ def test_code_and_translation(run, tmp_path):
     assert numbers["ebft - sft", "problems.jsonl/greedy/pass@1"] == 1
 
 
+@pytest.mark.skipif(
+    not (works("bubblewrap") or works("namespaces")), reason="needs bubblewrap (apt-get install bubblewrap)"
+)
+def test_a_benchmark_called_translation(run, workplace, tmp_path):
+    """Its records are not those of the translations."""
+    (tmp_path / "translation").mkdir()
+    shutil.copy(workplace / "problems.jsonl", tmp_path / "translation" / "test.jsonl")
+    words = ("--translation", "pairs.jsonl", "--translation_direction", "de-en", "--max_new_tokens", "2")
+    status, printed = run(*words, "--code_benchmark", str(tmp_path / "translation"), "--plots", "false")
+    assert status == 0, printed.err
+    names = {path.name for path in (tmp_path / "out" / "records").iterdir()}
+    assert {"sft-translation-greedy.jsonl", "sft-code-translation-greedy.jsonl"} <= names
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -260,6 +288,8 @@ def test_code_and_translation(run, tmp_path):
         (("--dataset_name", "qa.jsonl", "--best_of", "4"), "best_of=4 needs --translation"),
         (("--translation", "pairs.jsonl", "--lengths", "4"), "lengths=[4] needs --dataset_name"),
         (("--dataset_name", "qa.jsonl", "--max_length", "0"), "max_length=0 must be at least 1"),
+        (("--translation", "swiss.jsonl"), "swiss.jsonl, line 1: direction='gsw-en': no name of the language 'gsw'"),
+        (("--translation", "swiss.jsonl", "--language_names", "gsw"), "'gsw' is not CODE=NAME"),
         (
             ("--translation", "long.jsonl", "--translation_direction", "de-en", "--max_new_tokens", "4"),
             "long.jsonl, line 2: its prompt of",
@@ -272,6 +302,23 @@ def test_what_it_refuses(run, tmp_path, words, message):
     assert status == 2
     assert message in printed.err, printed.err
     assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
+
+
+def test_names_of_languages(run):
+    words = (
+        "--translation",
+        "swiss.jsonl",
+        "--max_new_tokens",
+        "2",
+        "--language_names",
+        "gsw=Swiss German",
+        "fy=Frisian",
+    )
+    status, printed = run(*words)
+    assert status == 0, printed.err
+    # The name is part of the prompt, and so of what the records are of.
+    status, printed = run(*words[:5], "gsw=Alemannic")
+    assert status == 2 and "language_names" in printed.err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
@@ -294,12 +341,34 @@ def test_comet_is_scored_once_and_compared(run, tmp_path, monkeypatch):
     numbers = {row["model"]: row for row in results if row["measure"] == "de-en/COMET (first)"}
     assert numbers.keys() == {"sft", "ebft", "ebft - sft"}
     assert (numbers["sft"]["mean"], numbers["sft"]["units"]) == (len("der Hund"), 3)
+    # Another COMET is refused before anything is translated, also where only records are left.
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "records" / "sft-translation-greedy.jsonl").unlink()
+    status, printed = run(*words[:-1], "another")
+    assert status == 2 and "comet 'known' -> 'another'" in printed.err
+    assert len((tmp_path / "out" / "records" / "sft-translation-greedy.jsonl").read_text().splitlines()) == 1
+    assert run(*words)[0] == 0
     shutil.rmtree(environment)
     (tmp_path / "ebft" / "comet" / "bin").mkdir(parents=True)
     python = tmp_path / "ebft" / "comet" / "bin" / "python"
     python.write_text('#!/bin/sh\n[ "$2" = -c ]\n')  # it imports COMET, and would fail if it were to score again
     python.chmod(0o755)
     assert run(*words)[0] == 0
+
+
+def test_tasks_that_cannot_be_run_are_refused_before_any_work(run, workplace, tmp_path, monkeypatch):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = own_task(tmp_path).read_text()
+    (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n")
+    (tmp_path / "lost.yaml").write_text(text.replace("rows.json", "nosuch.json"))
+    words = ("--dataset_name", "qa.jsonl", "--metrics", "cross_entropy", "--tasks")
+    with harness_or_stand_in(tmp_path / "site"):
+        for name, message in (("code", "['ours'] run generated code on this machine"), ("lost", "cannot be loaded (")):
+            status, printed = run(*words, str(tmp_path / f"{name}.yaml"), output=name)
+            assert status == 2 and message in printed.err, printed.err
+            assert "documents" not in printed.out, "nothing is measured before"
 
 
 def test_tasks_of_the_harness(run, workplace, tmp_path, monkeypatch):

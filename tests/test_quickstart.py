@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ebft import extras
 from ebft.evaluation.document_measures import LENGTHS
-from ebft.quickstart import corpus, report
+from ebft.quickstart import corpus
 from ebft.quickstart.__main__ import ARTIFACTS, MODELS, SHOWN, SMOKE, main, prepare_folder
 
 PAIRS = ("sft - base", "ebft - base", "ebft - sft")
@@ -132,7 +133,7 @@ def test_python_without_source_is_named(tmp_path):
 
 
 def test_missing_matplotlib_is_found_before_the_work(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["--smoke", "--output_dir", str(tmp_path / "out")])
     assert "pip install 'ebft[plot]'" in capsys.readouterr().err

@@ -13,7 +13,9 @@ import pytest
 from ebft.evaluation import comet
 from ebft.evaluation.translation import (
     Segment,
+    check_metrics,
     check_template,
+    codes_of,
     compare_translations,
     load_translations,
     translation_prompt,
@@ -120,6 +122,26 @@ def test_prompt():
 
 
 @pytest.mark.parametrize(
+    ("direction", "codes"),
+    [
+        ("de-en", ("de", "en")),
+        ("zh-CN-en", ("zh-CN", "en")),
+        ("en-zh-CN", ("en", "zh-CN")),
+        ("zh_Hant_TW-pt-BR", ("zh_Hant_TW", "pt-BR")),
+        ("es-419-deu_Latn", ("es-419", "deu_Latn")),
+    ],
+)
+def test_codes_with_scripts_and_countries(direction, codes):
+    assert codes_of(direction) == codes
+
+
+@pytest.mark.parametrize("direction", ["de", "de-", "de-en-fr", "de-de", "de_en", "de en-fr"])
+def test_directions_that_are_none(direction):
+    with pytest.raises(ValueError, match="direction is '.*': give two different language codes"):
+        codes_of(direction)
+
+
+@pytest.mark.parametrize(
     "template", ["{source_language}", "{source} {target}", "{source", "{source} {}", "{source!r:"]
 )
 def test_bad_templates(template):
@@ -203,6 +225,27 @@ def test_each_direction_has_its_scores_and_its_tokeniser(sacrebleu):
     assert rows["de-en", "chrF"].half_width == pytest.approx(0)
 
 
+def test_a_country_or_script_does_not_change_the_tokeniser(sacrebleu):
+    """The library knows `zh` alone: text without spaces would be scored as one long word."""
+    hypotheses = [["\u732b\u5750\u5728\u57ab\u5b50\u4e0a\u3002"]]
+    scores = []
+    for direction in ("en-zh", "en-zh_CN", "en-zh-CN", "en_GB-zh_Hans"):
+        segment = Segment("s", ("\u732b\u5750\u5728\u57ab\u5b50\u91cc\u3002",), direction)
+        bleu, _ = translation_scores([segment], hypotheses, n_bootstrap=1)
+        assert "tok:zh" in bleu.signature
+        scores.append(bleu.score)
+    assert len(set(scores)) == 1
+
+
+def test_what_cannot_be_scored_is_found_before_translating(sacrebleu, monkeypatch):
+    """Scoring needs a package of its own for Japanese."""
+    check_metrics(SEGMENTS)
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
+    with pytest.raises(ValueError, match="'en-ja' cannot be scored by sacrebleu here"):
+        check_metrics([*SEGMENTS, Segment("a", ("b",), "en-ja")])
+
+
 def test_more_references_for_some_segments(sacrebleu):
     segments = [*talks(references=2)[:2], *talks()[2:]]
     rows = translation_scores(segments, [[talk[1]] for talk in TALKS], n_bootstrap=1)
@@ -242,7 +285,9 @@ def test_hypotheses_that_do_not_match(hypotheses, message):
 
 def test_without_sacrebleu_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(ImportError, match=r"pip install 'ebft\[translation\]'"):
+    with pytest.raises(
+        ValueError, match=r"needs sacrebleu, which is not installed: pip install 'ebft\[translation\]'"
+    ):
         translation_scores(SEGMENTS, [["a"], ["b"]])
 
 

@@ -1,5 +1,6 @@
 """The settings of an evaluation; the help text of each is its documentation."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ from .translation import TEMPLATE
 SETTINGS_OF = {
     "dataset_name": ("dataset_config", "max_documents", "max_length", "lengths"),
     "code_benchmark": ("code_benchmark_config", "pass_at_k", "num_samples"),
-    "translation": ("translation_config", "translation_direction", "translation_template", "best_of", "comet"),
+    "translation": ("translation_config", "translation_direction", "translation_template", "language_names")
+    + ("best_of", "comet"),
     "tasks": ("tasks_limit",),
 }
 
@@ -74,6 +76,7 @@ class EvaluationConfig:
     translation_split: str = _setting("test", "Its split on the Hub or in a folder.")
     translation_direction: str | None = _setting(None, "Such as de-en, where the data has both ways.")
     translation_template: str = _setting(TEMPLATE, "Prompt of a segment.")
+    language_names: list[str] = _setting([], "Languages' names in the prompt where none is known: CODE=NAME ...")
     best_of: int = _setting(1, "Also the best of so many translations, greedy and sampled (sentence BLEU).")
     comet: bool = _setting(False, "Also COMET; make its environment first: python -m ebft.evaluation.comet")
     comet_model: str = _setting(MODEL, "COMET's checkpoint: a name it knows, or a file.")
@@ -105,6 +108,9 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        for pair in self.language_names:
+            if not re.fullmatch("[^=]+=.*[^ ].*", pair):
+                raise ValueError(f"language_names: {pair!r} is not CODE=NAME, such as gsw=Alemannic.")
         if self.best_of < 1:
             raise ValueError(f"best_of={self.best_of} must be at least 1.")
         if self.seed < 0:
@@ -130,6 +136,11 @@ class EvaluationConfig:
     def names(self) -> list[str]:
         """What the models are called in tables and files."""
         return short_names(self.model_name_or_path)
+
+    @property
+    def named_languages(self) -> dict[str, str]:
+        """Names of languages that the caller gave, by code."""
+        return dict(pair.split("=", 1) for pair in self.language_names)
 
     def document_settings(self, lengths: Sequence[int]) -> DocumentSettings:
         """The part that concerns documents."""

@@ -1,9 +1,16 @@
 """Any other task, through lm-evaluation-harness on a saved checkpoint."""
 
+import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
+
+from ..extras import require
 
 
 class TaskScore(NamedTuple):
@@ -24,6 +31,21 @@ class TaskScore(NamedTuple):
     values: list[float] | None = None
 
 
+@cache
+def _manager() -> Any:
+    """The harness's TaskManager; it reads the YAMLs of thousands of tasks, so one serves all tasks and models."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    return TaskManager()
+
+
+def _manager_of(include_path: str | Path) -> Any:
+    """One that knows a folder's tasks too, which may have changed since the last call."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    return TaskManager(include_path=str(include_path))
+
+
 def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
     """Refuse unknown tasks before any work.
 
@@ -31,16 +53,12 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
         The harness's TaskManager.
 
     Raises:
-        ValueError: There are no tasks, or the harness does not know one.
-        ImportError: lm-evaluation-harness is not installed.
+        ValueError: There are no tasks, the harness does not know one, or it is not installed.
     """
     if not tasks:
         raise ValueError("tasks is empty: name at least one, such as hellaswag.")
-    try:
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("`tasks` need lm-evaluation-harness: pip install 'ebft[lm-eval]'") from error
-    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    require("lm_eval", "lm-eval", "--tasks")
+    manager = _manager() if include_path is None else _manager_of(include_path)
     unknown = [task for task in tasks if not Path(task).is_file() and not manager.match_tasks([task])]
     if unknown:
         raise ValueError(
@@ -52,13 +70,84 @@ def check_tasks(tasks: Sequence[str], include_path: str | Path | None = None) ->
 def expand_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> list[str]:
     """Names of tasks, with patterns such as `arc_*` written out; each once, in order.
 
+    A pattern stands for tasks and not for the groups and tags among its matches: those are made of the same tasks.
+
     Raises:
-        ValueError: As `check_tasks`.
-        ImportError: Likewise.
+        ValueError: As `check_tasks`; or a pattern matches nothing but groups.
     """
     manager = check_tasks(tasks, include_path)
-    found = [[task] if Path(task).is_file() else sorted(manager.match_tasks([task])) for task in tasks]
-    return list(dict.fromkeys(name for names in found for name in names))
+    found: dict[str, None] = {}
+    for task in tasks:
+        names = [task]
+        if not Path(task).is_file() and task not in manager.all_tasks:
+            names = [name for name in manager.match_tasks([task]) if name in manager.all_subtasks]
+        if not names:
+            groups = manager.match_tasks([task])
+            raise ValueError(f"tasks: {task!r} matches only groups of tasks: name {groups} in full.")
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+def check_loadable(task: str, include_path: str | Path | None = None) -> None:
+    """Load a task with its data, as a run will, so that what is wrong with it is known before any work.
+
+    Args:
+        task: A name or the path of a YAML.
+        include_path: A folder with more task YAMLs.
+
+    Raises:
+        ValueError: It cannot be loaded, or would run generated code.
+    """
+    manager = check_tasks([task], include_path)
+    entry = manager.task_index.get(task)
+    # Told from the YAML where it can be: the harness's own code tasks run programs already when they are loaded.
+    unsafe = [task] if entry is not None and (entry.cfg or {}).get("unsafe_code") else []
+    if not unsafe:
+        try:
+            loaded = manager.load([task])["tasks"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+            raise ValueError(f"tasks: {task!r} cannot be loaded ({type(error).__name__}: {error}).") from error
+        unsafe = [name for name, of in loaded.items() if getattr(of, "UNSAFE_CODE", False)]
+    if unsafe:
+        raise ValueError(
+            f"tasks: {unsafe} run generated code on this machine, without our sandbox: use --code_benchmark, or "
+            "run_tasks(..., confirm_run_unsafe_code=True) from Python."
+        )
+
+
+def task_digest(path: str | Path) -> str:
+    """Of a task's YAML and of what it names: YAMLs it includes, Python files of its functions, data on this machine.
+
+    By content, for these files are small and often touched without being changed. Files that only stand beside them do
+    not count.
+    """
+    files: dict[Path, None] = {}
+    waiting = [Path(path)]
+    while waiting:
+        file = waiting.pop().resolve()
+        if file in files:
+            continue
+        files[file] = None
+        if file.suffix in (".yaml", ".yml"):
+            waiting += _named_files(file)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _named_files(path: Path) -> list[Path]:
+    """Files that strings of a YAML name, beside it or from here; `!function utils.f` names utils.py."""
+    try:
+        tokens = list(yaml.scan(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"tasks: {path} is no YAML ({error}): correct it.") from error
+    names = [token.value for token in tokens if isinstance(token, yaml.ScalarToken)]
+    names += [f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in names]
+    # os.path: of a text too long or too odd for a name it says no, where Path raises.
+    return [Path(found) for name in names for found in (path.parent / name, name) if os.path.isfile(found)]
 
 
 def run_tasks(
@@ -94,8 +183,7 @@ def run_tasks(
         All metrics of all tasks, in the order of the harness.
 
     Raises:
-        ValueError: There are no tasks, or the harness does not know one.
-        ImportError: lm-evaluation-harness is not installed.
+        ValueError: There are no tasks, the harness does not know one, or it is not installed.
     """
     manager = check_tasks(tasks, include_path)
     import lm_eval  # pyright: ignore[reportMissingImports]

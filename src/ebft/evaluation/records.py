@@ -15,7 +15,7 @@ class RecordFile:
         settings: Everything that the records depend on, as JSON has it.
 
     Raises:
-        ValueError: The file is of other settings.
+        ValueError: The file is of other settings, or a line but the last is damaged.
     """
 
     def __init__(self, path: Path, settings: Record):
@@ -27,11 +27,21 @@ class RecordFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             return
-        check_same(json.loads(whole[0]), settings, path.parent.parent)
+        before, *records = [self._parsed(line, number) for number, line in enumerate(whole, 1)]
+        check_same(before, settings, path.parent.parent)
         if len(whole) < len(lines):
             path.write_bytes(b"".join(whole))
-        for record in map(json.loads, whole[1:]):
-            self.records[record["id"]] = record
+        self.records = {record["id"]: record for record in records}
+
+    def _parsed(self, line: bytes, number: int) -> Record:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or (number > 1 and "id" not in found):
+            remedy = "delete that line, what it says is measured again" if number > 1 else "delete the file"
+            raise ValueError(f"output_dir: {self.path}, line {number}: no record of an evaluation: {remedy}.")
+        return found
 
     def __contains__(self, key: Any) -> bool:
         return key in self.records

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._compat import with_python_scores
+from ..extras import require
 from .rows import Row, given, read_rows, strings_of, text_of, value_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ TEMPLATE = (
     "Translate this from {source_language} to {target_language}:\n{source_language}: {source}\n{target_language}:"
 )
 STOP = ("\n",)
+
+# A language, and behind it a script (four letters), a country (two) or a region (three digits): zh, zh_CN, zh-Hant-TW.
+_CODE = "[A-Za-z]+(?:[_-](?:[A-Z][a-z]{3}|[A-Z]{2}|[0-9]{3}))*"
 
 # Language codes (ISO 639-1) -> names, for the prompt.
 LANGUAGE_NAMES = {
@@ -43,7 +47,7 @@ class Segment:
         source: The text.
         references: Its translations by people, at least one.
         direction: Codes of both languages, such as "de-en" or "en-zh_CN".
-        place: Where it comes from, for messages.
+        place: File and line, or dataset and row, for messages; two segments are equal without it.
     """
 
     source: str
@@ -144,11 +148,10 @@ def codes_of(direction: str, label: str = "direction") -> tuple[str, str]:
     Raises:
         ValueError: It is not two codes with a dash between.
     """
-    source, dash, target = direction.partition("-")
-    valid = all(re.fullmatch("[A-Za-z]+([_-][A-Za-z0-9]+)*", code) for code in (source, target))
-    if not dash or not valid or source == target:
+    codes = re.fullmatch(f"({_CODE})-({_CODE})", direction)
+    if codes is None or codes[1] == codes[2]:
         raise ValueError(f"{label} is {direction!r}: give two different language codes with a dash, such as de-en")
-    return source, target
+    return codes[1], codes[2]
 
 
 def translation_prompt(segment: Segment, template: str = TEMPLATE, names: Mapping[str, str] = LANGUAGE_NAMES) -> str:
@@ -157,35 +160,41 @@ def translation_prompt(segment: Segment, template: str = TEMPLATE, names: Mappin
     Args:
         segment: Which.
         template: A format string with {source}, and optionally {source_language} and {target_language}.
-        names: Language codes -> names in the prompt.
+        names: Language codes -> names in the prompt; looked up only where the template has them.
 
     Raises:
-        ValueError: The template is not such a string, or a language has no name.
+        ValueError: The template is not such a string, or a language that it names has no name.
     """
     check_template(template)
     source, target = codes_of(segment.direction)
     asked = {name for _, name, _, _ in string.Formatter().parse(template)}
     known = {
-        field: _language(code, names, segment.direction)
+        field: _language(code, names, segment)
         for field, code in (("source_language", source), ("target_language", target))
         if field in asked
     }
     return template.format(source=segment.source, **known)
 
 
-def _language(code: str, names: Mapping[str, str], direction: str) -> str:
-    """A language's name: of its code, or of the code before a region (zh_CN).
+def _language(code: str, names: Mapping[str, str], segment: Segment) -> str:
+    """A language's name: of its code, or else of the code before script and country.
 
     Raises:
         ValueError: Neither is known.
     """
-    for known in (code, code.replace("-", "_").partition("_")[0].lower()):
+    for known in (code, _base_language(code)):
         if known in names:
             return names[known]
     raise ValueError(
-        f"direction={direction!r}: no name of the language {code!r} is known: write it into --translation_template "
-        "in place of {source_language} or {target_language} (in Python, pass `names`)."
+        f"{segment.place}: direction={segment.direction!r}: no name of the language {code!r} is known: write it into "
+        "--translation_template in place of {source_language} or {target_language}, or give "
+        f"--language_names {code}=NAME (in Python, pass `names`)."
     )
+
+
+def _base_language(code: str) -> str:
+    """The language of a code alone: zh of zh_CN."""
+    return re.split("[_-]", code)[0].lower()
 
 
 def check_template(template: str, field: str = "translation_template") -> None:
@@ -206,6 +215,19 @@ def check_template(template: str, field: str = "translation_template") -> None:
         )
 
 
+def check_metrics(segments: Sequence[Segment]) -> None:
+    """Refuse segments that cannot be scored here, before any is translated.
+
+    Raises:
+        ValueError: sacrebleu lacks a package for the words of a target language (Japanese, Korean), or itself.
+    """
+    for direction in _by_direction(segments):
+        try:
+            _metrics(direction)
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"direction={direction!r} cannot be scored by sacrebleu here: {error}") from error
+
+
 def translation_scores(
     segments: Sequence[Segment], hypotheses: Sequence[Sequence[str]], *, n_bootstrap: int = 1000
 ) -> list[TranslationScore]:
@@ -220,8 +242,7 @@ def translation_scores(
         n_bootstrap: Resamples of the segments for the intervals, with sacrebleu's fixed seed; 1 for none.
 
     Raises:
-        ValueError: Numbers do not match, or a segment has no hypothesis.
-        ImportError: sacrebleu is not installed.
+        ValueError: Numbers do not match, a segment has no hypothesis, or sacrebleu is not installed.
     """
     k = _check_hypotheses(segments, hypotheses)
     rows = []
@@ -254,14 +275,13 @@ def compare_translations(
         n_bootstrap: Resamples of the segments, with sacrebleu's fixed seed.
 
     Raises:
-        ValueError: Numbers do not match, or there are fewer than two models.
-        ImportError: sacrebleu is not installed.
+        ValueError: Numbers do not match, there are fewer than two models, or sacrebleu is not installed.
     """
     if len(hypotheses) < 2:
         raise ValueError(f"hypotheses holds {len(hypotheses)} model(s): a comparison takes at least two.")
     for texts in hypotheses.values():
         _check_hypotheses(segments, [[text] for text in texts])
-    _sacrebleu()
+    require("sacrebleu", "translation", "BLEU and chrF")
     from sacrebleu.significance import PairedTest
 
     rows = []
@@ -361,18 +381,10 @@ def _best(judge: Any, hypotheses: Sequence[str], references: tuple[str, ...]) ->
 
 def _metrics(direction: str, *, sentences: bool = False) -> "dict[str, Metric]":
     """BLEU, with the tokeniser that sacrebleu has for the target language, and chrF."""
-    _sacrebleu()
+    require("sacrebleu", "translation", "BLEU and chrF")
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    target = codes_of(direction)[1]
+    target = _base_language(codes_of(direction)[1])  # sacrebleu knows zh, and takes zh_CN for a language with spaces
     # Sentences shorter than four words have no 4-gram: without the effective order their BLEU says nothing.
     return {"BLEU": BLEU(trg_lang=target, effective_order=sentences), "chrF": with_python_scores(CHRF())}
-
-
-def _sacrebleu() -> None:
-    """Say how to install sacrebleu if it is not there."""
-    try:
-        import sacrebleu  # noqa: F401
-    except ImportError as error:
-        raise ImportError("BLEU and chrF need sacrebleu: pip install 'ebft[translation]'") from error

@@ -25,6 +25,7 @@ from ..intervals import DocumentMean
 from ..records import RecordFile
 from ..summary import Row
 from ..vllm_generation import VLLMEngine
+from ..weights import check_weights
 
 
 class Session:
@@ -43,7 +44,7 @@ class Session:
             self._check_vllm_device()
         self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
         for path in config.model_name_or_path:
-            _check_weights(path)
+            check_weights(path)
         self.longest_prompt = 0
         self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
 
@@ -189,16 +190,6 @@ def generation_identity(settings: GenerationSettings, engine: str) -> dict[str, 
 def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Prompts as training tokenises them: each by itself, with the tokenizer's own special tokens."""
     return [list(tokenizer(text)["input_ids"]) for text in texts]
-
-
-def _check_weights(path: str) -> None:
-    """Refuse a folder without weights, whose turn may come hours from now.
-
-    Raises:
-        ValueError: Names the folder.
-    """
-    if Path(path).is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in Path(path).iterdir()):
-        raise ValueError(f"model_name_or_path: {path} holds no weights (*.safetensors or *.bin).")
 
 
 def _fingerprint(path: str) -> Any:

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 
 from ...extras import require, version_of
-from ..harness import TaskScore, expand_tasks, run_tasks
+from ..harness import TaskScore, check_loadable, expand_tasks, run_tasks, task_digest
 from ..intervals import DocumentMean
 from ..records import RecordFile
 from ..summary import Row
-from .base import Session, Suite, Turn, files_fingerprint
-
-TASK_FILES = (".yaml", ".yml", ".py")
+from .base import Session, Suite, Turn
 
 
 class TaskSuite(Suite):
@@ -26,6 +24,7 @@ class TaskSuite(Suite):
         require("lm_eval", "lm-eval", "--tasks")
         self.session, self.config = session, session.config
         self.tasks = expand_tasks(self.config.tasks)
+        self.loadable: set[str] = set()
         self.others: list[Row] = []
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
@@ -50,20 +49,19 @@ class TaskSuite(Suite):
         return means
 
     def open_records(self, turn: Turn) -> None:
-        """Those of the tasks."""
-        self._file(turn)
+        """Those of the tasks; and refuse tasks that are still to be run and cannot be."""
+        file = self._file(turn)
+        for task in self.tasks:
+            if task not in file and task not in self.loadable:
+                check_loadable(task)
+                self.loadable.add(task)
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"limit": self.config.tasks_limit, "seed": self.config.seed}
 
     def _file(self, turn: Turn) -> RecordFile:
-        # A task file may include others beside it, and functions.
-        files = {
-            task: files_fingerprint(path for path in Path(task).parent.iterdir() if path.suffix in TASK_FILES)
-            for task in self.tasks
-            if Path(task).is_file()
-        }
+        files = {task: task_digest(task) for task in self.tasks if Path(task).is_file()}
         return turn.records("tasks", self._options | {"lm_eval": version_of("lm_eval"), "files": files}, None)
 
     def rows(self) -> list[Row]:

@@ -12,7 +12,9 @@ from ..intervals import DocumentMean
 from ..records import Record, RecordFile
 from ..summary import Row, means_of
 from ..translation import (
+    LANGUAGE_NAMES,
     STOP,
+    check_metrics,
     check_template,
     compare_translations,
     load_translations,
@@ -42,7 +44,9 @@ class TranslationSuite(Suite):
             split=self.config.translation_split,
             config=self.config.translation_config,
         )
-        self.prompts = [translation_prompt(segment, template) for segment in self.segments]
+        check_metrics(self.segments)
+        names = LANGUAGE_NAMES | self.config.named_languages
+        self.prompts = [translation_prompt(segment, template, names) for segment in self.segments]
         session.check_room([segment.place for segment in self.segments], self.prompts)
         self.translations: dict[str, list[list[str]]] = {}
 
@@ -56,9 +60,11 @@ class TranslationSuite(Suite):
         return means_of(self._comet(turn, [texts[0] for texts in found])) if self.config.comet else {}
 
     def open_records(self, turn: Turn) -> None:
-        """Those of the translations; COMET's depend on what is translated."""
-        for kind, settings in self._runs().items():
-            self._file(turn, kind, settings)
+        """Those of the translations; COMET's depend on them, and are there only when all are."""
+        files = {kind: self._file(turn, kind, settings) for kind, settings in self._runs().items()}
+        if self.config.comet and len(files["greedy"].records) == len(self.segments):
+            greedy = files["greedy"].records
+            self._comet_file(turn, [greedy[i]["hypotheses"][0] for i in range(len(self.segments))])
 
     def _runs(self) -> dict[str, GenerationSettings]:
         runs = {"greedy": self.config.greedy()}
@@ -83,11 +89,7 @@ class TranslationSuite(Suite):
 
     def _comet(self, turn: Turn, hypotheses: Sequence[str]) -> list[Record]:
         """COMET of each segment, as records of sums and counts."""
-        local = Path(self.config.comet_model)
-        state = files_fingerprint([local]) if local.exists() else None
-        settings = {"comet": self.config.comet_model, "comet_state": state}
-        scored = [[segment.source, segment.references] for segment in self.segments]
-        file = turn.records("translation-comet", settings, [scored, list(hypotheses)])
+        file = self._comet_file(turn, hypotheses)
         if len(file.records) < len(hypotheses):
             self.session.console.print(f"{turn.name}: COMET ({self.config.comet_model})", highlight=False)
             turn.release()
@@ -96,6 +98,14 @@ class TranslationSuite(Suite):
             file.append([{"id": i, "score": score} for i, score in enumerate(scores)])
         names = [f"{segment.direction}/COMET (first)" for segment in self.segments]
         return [{"id": i, name: [file.records[i]["score"], 1.0]} for i, name in enumerate(names)]
+
+    def _comet_file(self, turn: Turn, hypotheses: Sequence[str]) -> RecordFile:
+        local = Path(self.config.comet_model)
+        # Size and time, as of the models' files: to read gigabytes at every start would take minutes on some disks.
+        state = files_fingerprint([local]) if local.exists() else None
+        settings = {"comet": self.config.comet_model, "comet_state": state}
+        scored = [[segment.source, segment.references] for segment in self.segments]
+        return turn.records("translation-comet", settings, [scored, list(hypotheses)])
 
     def rows(self) -> list[Row]:
         """Corpus scores with sacrebleu's own bootstrap over segments, and for each pair of models its paired one."""

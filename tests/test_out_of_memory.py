@@ -85,7 +85,7 @@ def test_memory_that_runs_out_while_several_micro_batches_are_sampled(tmp_path):
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, reuse_sampling_forward=False)
     ours = trainer(
         small_model(),
-        documents([20, 20, 20, 20, 40, 20]),
+        documents([30, 30, 30, 30, 40, 30]),
         tmp_path,
         settings=settings | dict(per_device_generation_batch_size=6),
     )

@@ -217,7 +217,8 @@ def _search(weights: Tensor, noise: Tensor) -> Tensor:
     group, rest = _first_above(sums, noise * sums.sum(-1, keepdim=True))
     tokens = group[..., None] * GROUP + torch.arange(GROUP, device=weights.device)  # [M, S, GROUP]
     inside = weights.gather(-1, tokens.clamp(max=V - 1).flatten(1)).view_as(tokens).where(tokens < V, 0.0)
-    return group * GROUP + _first_above(inside, rest[..., None])[0][..., 0]
+    # Of weights that are no numbers the last group comes out, which may not be whole.
+    return (group * GROUP + _first_above(inside, rest[..., None])[0][..., 0]).clamp(max=V - 1)
 
 
 def _first_above(weights: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:

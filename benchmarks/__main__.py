@@ -14,13 +14,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from rich.console import Console
-from transformers.utils import is_liger_kernel_available, logging
+from transformers.utils import logging
 
 from benchmarks import plot, report
 from benchmarks.arms import ARMS, Bench, Options
 from benchmarks.counts import memory_note
 from benchmarks.shapes import MODELS, SETTINGS, Workload
 from benchmarks.timing import Bar, Case, measure, warm_up
+from ebft.extras import require
 
 SWEEPS = {
     "max_length": [256, 512, 1024, 2048, 4096],
@@ -102,8 +103,8 @@ def read_options(args: argparse.Namespace) -> Options:
     for name, least in (("repeats", 1), ("warmup", 1), ("lora", 0), ("vocab", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"{name}={getattr(args, name)} must be at least {least}.")
-    if args.liger and not is_liger_kernel_available():
-        raise ValueError("liger needs a package: pip install 'ebft[liger]'.")
+    if args.liger:
+        require("liger_kernel", "liger", "--liger")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"threads={args.threads} must be at least 1.")

@@ -220,7 +220,7 @@ def test_bf16_is_on_where_a_gpu_has_it():
 @pytest.mark.parametrize(("there", "message"), [(False, "pip install 'ebft"), (True, "its kernels need a GPU")])
 def test_liger_is_asked_for_where_it_shall_run(tmp_path, monkeypatch, there, message):
     """Not where a run is planned for another machine."""
-    monkeypatch.setattr("ebft.config.is_liger_kernel_available", lambda: there)
+    monkeypatch.setattr("ebft.extras.find_spec", lambda name: there or None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     args = EBFTConfig(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to=[])
     assert args.liger_kernel_config == {"fused_linear_cross_entropy": False, "cross_entropy": False}

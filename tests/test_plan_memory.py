@@ -13,7 +13,7 @@ from ebft.footprint import largest_batch, what_fits
 from ebft.measuring import peak_memory
 from ebft.planning import Documents, Method, Network
 from ebft.sizes import longest_row, run_footprint, survey
-from training import documents, small_model, trainer
+from training import config, documents, small_model, trainer
 
 CPU = torch.device("cpu")
 WITHIN = 0.08  # 15 % is what is promised; tests on small and odd shapes hold it to half of that
@@ -94,6 +94,15 @@ def test_plan_is_what_a_real_run_holds(tmp_path, name):
     if run.accumulates:  # then all gradients are there at the worst moment, and the rest comes and goes
         lasting = memory["gradients"] + memory["AdamW state"]
         assert memory["total"] - there_before - lasting == pytest.approx(peak - lasting, rel=WITHIN_WHAT_PASSES)
+
+
+@pytest.mark.parametrize(("model", "on_gpu"), [({}, False), (GEMMA, True)], ids=["Qwen2", "Gemma 2"])
+def test_packed_documents_take_a_mask_where_flex_attention_does_not_serve_them(tmp_path, model, on_gpu):
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config((Gemma2Config if model else Qwen2Config)(**MODEL | model))
+    args = config(tmp_path, packing=True, max_length=256)
+    runs = {kind: run_footprint(args, policy, None, None, device=torch.device(kind)) for kind in ("cpu", "cuda")}
+    assert {kind: run.masked for kind, run in runs.items()} == {"cpu": True, "cuda": on_gpu}
 
 
 NETWORK = Network(layers=4, hidden=64, queries=64, keys=32, inner=176, vocabulary=1000, matrices=4 * 64 * 700)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ def with_child(module: nn.Module, name: str, child: nn.Module) -> Any:
     return view
 
 
+@cache  # entered for every layer; making it anew costs three times as much
 def at_most_recompiled(times: int) -> Any:
-    """A context in which one function may be compiled for so many kinds of arguments."""
+    """A context, to be entered again and again, in which a function may be compiled for so many kinds of arguments."""
     return torch._dynamo.config.patch(recompile_limit=times)
 
 

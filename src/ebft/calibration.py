@@ -160,6 +160,9 @@ def stage_seconds(
     ]
     with Progress(console=Console(file=sys.stderr), transient=True) as progress:
         rounds = progress.add_task("Timing the engine's stages", total=1 + MOST_ROUNDS)
+        if args.device.type != "cpu":
+            for cut in cuts:  # which compiles the kernels of attention
+                cut.step()
         times = [[cut.step()] for cut in cuts]
         warm_up = sum(sum(measured[0].values()) for measured in times)
         count = min(MOST_ROUNDS, int(BUDGET / warm_up))  # 0 where the warm-up took too long to be repeated

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_liger_kernel_available
 
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
+from .extras import require
 from .features import NORMS, POOLINGS, REDUCTIONS
 from .liger import LOSSES as LIGER_LOSSES
 from .liger import WITHOUT_LOSSES
@@ -307,8 +307,7 @@ class EBFTConfig(TrainingArguments):
         """
         if not self.use_liger_kernel:
             return
-        if not is_liger_kernel_available():
-            raise ValueError("use_liger_kernel=True needs a package: pip install 'ebft[liger]'.")
+        require("liger_kernel", "liger", "use_liger_kernel=True")
         if self.use_cpu or not torch.cuda.is_available():
             raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
 

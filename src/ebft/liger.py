@@ -1,5 +1,6 @@
 """Liger's kernels in a model's norms, MLPs and rotary embedding; the LM head stays ours, which runs in chunks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -24,3 +25,11 @@ def take_liger_kernels(model: nn.Module, config: dict[str, Any] | None = None) -
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(causal_lm(model), {**(config or {}), **WITHOUT_LOSSES})
+
+
+def take_liger_kernels_like(
+    policy: nn.Module, frozen: Iterable[nn.Module | None], config: dict[str, Any] | None
+) -> None:
+    """Patch the frozen networks that are not the policy itself, which transformers patches alone."""
+    for network in {network for network in frozen if network is not None and network is not policy}:
+        take_liger_kernels(network, config)

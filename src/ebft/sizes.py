@@ -150,6 +150,8 @@ def run_footprint(
     config: Any = lm.config.get_text_config()
     window, capped = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
     keys_per_chunk = (KEYS_PER_CHUNK_ON_CPU if device.type == "cpu" else KEYS_PER_CHUNK) if capped else None
+    flexes = device.type != "cpu" and not capped  # documents in the same call, without a mask in memory
+    packed = args.packing and args.document_masking
     return Footprint(
         weights=weights_held(policy, network, reference, frozen),
         method=run_method(args, policy, network, reference, device),
@@ -164,8 +166,7 @@ def run_footprint(
         sampled=args.rows_sampled_on(device),
         rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
         keys_per_chunk=keys_per_chunk,
-        masked=(capped or device.type == "cpu")
-        and bool((args.packing and args.document_masking) or (window and window < args.max_length)),
+        masked=not flexes and bool(packed or (window and window < args.max_length)),
         capped_heads=config.num_attention_heads if capped else 0,
     )
 

@@ -26,7 +26,7 @@ from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .layouts import batch_layout, no_rollouts
-from .liger import take_liger_kernels
+from .liger import take_liger_kernels_like
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
@@ -119,14 +119,12 @@ class EBFTTrainer(RecordedTrainer):
         self.reference_model = (
             models.load_reference(policy, new_adapter=peft_config is not None) if args.beta and args.rl_coef else None
         )
-        if args.use_liger_kernel:  # transformers patches the policy alone
-            frozen = (self.feature_network and self.feature_network.model, self.reference_model)
-            for network in {x for x in frozen if x is not None and x is not policy}:
-                take_liger_kernels(network, args.liger_kernel_config)
+        if args.use_liger_kernel:
+            frozen = self.feature_network and self.feature_network.model, self.reference_model
+            take_liger_kernels_like(policy, frozen, args.liger_kernel_config)
         self._user_metrics, self._formatting_func = compute_metrics, formatting_func
-        # A `sample` that somebody wrote is given the batches as they are.
-        ours = type(self).sample is EBFTTrainer.sample
-        self._ahead = SamplingAhead(self._sample_explained, args.rows_sampled_on(args.device) if ours else 1)
+        apart = type(self).sample is not EBFTTrainer.sample  # a `sample` of somebody's own is given micro-batches
+        self._ahead = SamplingAhead(self._sample_explained, 1 if apart else args.rows_sampled_on(args.device))
         super().__init__(
             base_name=base_name,
             model=policy,

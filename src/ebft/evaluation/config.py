@@ -15,8 +15,14 @@ from .translation import TEMPLATE
 SETTINGS_OF = {
     "dataset_name": ("dataset_config", "max_documents", "max_length", "lengths"),
     "code_benchmark": ("code_benchmark_config", "pass_at_k", "num_samples"),
-    "translation": ("translation_config", "translation_direction", "translation_template", "language_names")
-    + ("best_of", "comet"),
+    "translation": (
+        "translation_config",
+        "translation_direction",
+        "translation_template",
+        "language_names",
+        "best_of",
+        "comet",
+    ),
     "tasks": ("tasks_limit",),
 }
 

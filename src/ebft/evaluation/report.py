@@ -37,7 +37,8 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
                 "measured stays in the folder's records."
             ) from error
         now = json.loads(json.dumps(config))
-        old, new = ({k: v for k, v in x.items() if k not in _without_effect(now)} for x in (before, now))
+        ignored = _without_effect(now)
+        old, new = ({k: v for k, v in x.items() if k not in ignored} for x in (before, now))
         check_same(old, new, folder)
 
 

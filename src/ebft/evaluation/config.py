@@ -13,16 +13,39 @@ from .pass_at_k import check_k
 from .translation import TEMPLATE
 
 SETTINGS_OF = {
-    "dataset_name": ("dataset_config", "max_documents", "max_length", "lengths"),
-    "code_benchmark": ("code_benchmark_config", "pass_at_k", "num_samples"),
+    "dataset_name": (
+        "dataset_config",
+        "dataset_test_split",
+        "max_documents",
+        "max_length",
+        "metrics",
+        "lengths",
+        "num_generations",
+        "contexts_per_document",
+        "context_length",
+        "temperature",
+        "feature_model_name_or_path",
+        "feature_layers",
+        "feature_norm",
+    ),
+    "code_benchmark": (
+        "code_benchmark_config",
+        "code_benchmark_split",
+        "pass_at_k",
+        "num_samples",
+        "time_limit",
+        "allow_weak_sandbox",
+    ),
     "translation": (
         "translation_config",
+        "translation_split",
         "translation_direction",
         "translation_template",
         "language_names",
         "best_of",
         "comet",
     ),
+    "comet": ("comet_model",),
     "tasks": ("tasks_limit",),
 }
 
@@ -137,6 +160,9 @@ class EvaluationConfig:
             for name in names:
                 if not getattr(self, wanted) and getattr(self, name) != defaults[name]:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs --{wanted}, which is not given.")
+        if self.code_temperature != defaults["code_temperature"] and max(self.num_samples, self.best_of) == 1:
+            value = self.code_temperature
+            raise ValueError(f"code_temperature={value} needs --num_samples or --best_of above 1; greedy has none.")
 
     @property
     def names(self) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 import out_of_memory
 from ebft import memory_guard
@@ -97,4 +98,42 @@ def test_memory_that_runs_out_while_several_micro_batches_are_sampled(tmp_path):
     with pytest.raises(ValueError, match=r"while sampling 6 rows of up to 40 tokens and \d+ blocks at once; to go"):
         ours.train()
     with pytest.raises(ValueError, match="set per_device_generation_batch_size: 3. there is no"):
+        ours.train()
+
+
+@pytest.mark.parametrize(("rows", "remedy"), [(4, "set per_device_eval_batch_size: 2"), (1, "eval_strategy: no")])
+def test_memory_that_runs_out_in_evaluation(tmp_path, rows, remedy):
+    """Not the last micro-batch of training is named, and not its setting."""
+    settings = dict(
+        per_device_train_batch_size=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=rows
+    )
+    held_out = Dataset.from_list(documents([38] * 4))
+    ours = trainer(small_model(), documents([20, 20]), tmp_path, settings=settings, eval_dataset=held_out)
+    sample = ours.sample
+
+    def sampled(inputs, **options):
+        if options:
+            raise torch.OutOfMemoryError("no more")
+        return sample(inputs)
+
+    ours.sample = sampled
+    with pytest.raises(ValueError, match=f"while evaluating {rows} rows of up to 38 tokens .*{remedy}"):
+        ours.train()
+
+
+def test_what_ran_out_in_one_run_is_forgotten_in_the_next(tmp_path, monkeypatch):
+    settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, reuse_sampling_forward=False)
+    rows, settings = documents([30] * 6), settings | dict(per_device_generation_batch_size=6)
+    ours = trainer(small_model(), rows, tmp_path, settings=settings)
+    sample = ours.sample
+
+    def broken(inputs):
+        raise torch.OutOfMemoryError("no more")
+
+    ours.sample = broken
+    with pytest.raises(ValueError, match="while sampling 6 rows"):
+        ours.train()
+    ours.sample = sample
+    monkeypatch.setattr(memory_guard, "device_memory", lambda *args, **options: 1000)
+    with pytest.warns(UserWarning, match="per_device_train_batch_size=2 may need"):
         ours.train()

@@ -52,8 +52,12 @@ class MemoryGuard:
         self.footprint = run_footprint(args, policy, network, reference, processes=args.world_size)
         self.quantised = bool(getattr(causal_lm(policy), "is_quantized", False))
         self.row: Work | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         self.together = 0  # rows, while several micro-batches are sampled at once
-        self.rows = args.per_device_train_batch_size
+        self.evaluates = False
+        self.rows = self.args.per_device_train_batch_size
 
     def check_weights(self) -> None:
         """Before anything is on the device.
@@ -71,6 +75,7 @@ class MemoryGuard:
 
     def check_dataset(self, rows: Any, anchors: str) -> None:
         """Before the first update: warn, once, where the longest document's micro-batch should not fit."""
+        self._begin()  # another run of the same trainer may have ended anywhere
         if not hasattr(rows, "with_format") or not hasattr(rows, "__len__"):
             return
         self.row = longest_row(rows, self.args, anchors)
@@ -83,9 +88,9 @@ class MemoryGuard:
                 stacklevel=2,
             )
 
-    def at_work(self, inputs: dict[str, Any]) -> None:
-        """A micro-batch begins; what memory is about, should it run out."""
-        layout = inputs["layout"]
+    def at_work(self, inputs: dict[str, Any], evaluates: bool = False) -> None:
+        """A micro-batch begins, of training or of evaluation; what memory is about, should it run out."""
+        self.evaluates, layout = evaluates, inputs["layout"]
         self.rows, length = inputs["input_ids"].shape
         blocks, prefixes = layout.num_blocks, (layout.anchors - layout.prefix_starts).double().sum(-1).max()
         self.row = Work(length, blocks, float(prefixes), length * (length + 1) / 2)
@@ -104,6 +109,10 @@ class MemoryGuard:
         assert self.row is not None
         if self.together:
             return f"set per_device_generation_batch_size: {self.together // 2}"
+        if self.evaluates and self.rows == 1:
+            return "lower max_length, or evaluate afterwards with `ebft evaluate` (eval_strategy: no)"
+        if self.evaluates:
+            return f"set per_device_eval_batch_size: {self.rows // 2}"
         return what_fits(self.footprint, self.row, self.rows, self.args.gradient_accumulation_steps, limit)
 
     @contextmanager
@@ -131,10 +140,11 @@ class MemoryGuard:
         )
         if self.row is None:
             return f"out of memory on {args.device} before the first micro-batch ({error}); {resume}."
-        if self.together:
+        if self.together or self.evaluates:
+            doing = "evaluating" if self.evaluates else "sampling"
             return (
-                f"out of memory on {args.device} while sampling {self.together} rows of up to {self.row.tokens} "
-                f"tokens and {self.row.blocks} blocks at once; to go on, {self._remedy(limit)}. {resume}."
+                f"out of memory on {args.device} while {doing} {self.rows} rows of up to {self.row.tokens} tokens and "
+                f"{self.row.blocks} blocks at once; to go on, {self._remedy(limit)}. {resume}."
             )
         memory = self.footprint.memory(self.row, self.rows)
         shown = {name: size for name, size in memory.items() if name != "total" and not name.startswith("in ")}

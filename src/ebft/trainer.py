@@ -369,13 +369,13 @@ class EBFTTrainer(RecordedTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         inputs["layout"] = layout = batch_layout(inputs, self.args, self.anchors, step=None)
+        self.memory.at_work(inputs, evaluates=True)
         with torch.no_grad(), self.compute_loss_context_manager():
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))
             sums = cross_entropy_sums(document, inputs)
-            measured = layout.num_blocks and self.feature_network is not None
-            rollouts = self.sample(inputs, purpose=noise.EVALUATION) if measured else None
-            experience = None if rollouts is None else self._experience(inputs, rollouts)
-            if experience is not None:
+            experience = None
+            if layout.num_blocks and self.feature_network is not None:
+                experience = self._experience(inputs, self.sample(inputs, purpose=noise.EVALUATION))
                 sums |= experience_sums(experience, layout)
         statistics = evaluation_statistics(sums, EVALUATION_SUMS)
         if self._user_metrics is None:

@@ -305,6 +305,7 @@ def without(row, name):
         ([MULTIPL_E | {"stop_tokens": ["a", ""]}], r"line 1: the field `stop_tokens` holds an empty string"),
         ([OURS | {"language": "cobol"}], r"line 1: the field `language` is 'cobol'"),
         ([OURS, without(OURS, "tests")], r"line 2: the field `tests` is missing"),
+        ([OURS, OURS | {"id": "b", "tests": "assert f( == 1"}], r"line 2: the field `tests` is no Python \("),
         ([OURS, {"prompt": "a"}, 3], r"line 3: int where an object is expected"),
         ([OURS | {"id": "a"}, OURS | {"id": "a"}], r"line 2: the id 'a' is also that of"),
         (

@@ -13,6 +13,7 @@ The format of a file is recognised by its fields:
 
 import ast
 import builtins
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -233,15 +234,30 @@ def _multipl_e(row: Row, place: str) -> Problem:
 def _ours(row: Row, place: str) -> Problem:
     language = text_of(row, place, "language") if given(row, "language") else "python"
     entry_point = text_of(row, place, "entry_point") if given(row, "entry_point") else None
+    tests = text_of(row, place, "tests")
+    if language == "python":
+        _check_python(tests, place)
     return Problem(
         # Without an id, a problem is known by its line or row.
         id=str(value_of(row, place, "id", (str, int))) if given(row, "id") else place.rpartition(", ")[2],
         prompt=text_of(row, place, "prompt"),
-        tests=text_of(row, place, "tests"),
+        tests=tests,
         stop=_stop(row, place, "stop") if given(row, "stop") else (),
         language=one_of(language, LANGUAGES, place, "language"),
         entry_point=entry_point,
     )
+
+
+def _check_python(tests: str, place: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes, say
+            ast.parse(tests)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{place}: the field `tests` is no Python ({error}), so every completion would fail: mend it, or name its "
+            "`language`"
+        ) from error
 
 
 def _stop(row: Row, place: str, column: str) -> tuple[str, ...]:

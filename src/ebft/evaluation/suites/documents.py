@@ -131,7 +131,10 @@ def fitting_lengths(documents: Sequence[dict], wanted: Sequence[int], context_le
         return tuple(wanted)
     typical = max(rooms[len(rooms) // 2], min(1, rooms[0]))
     if not typical:
-        raise ValueError(f"dataset_name: no document has a token behind a prefix of context_length={context_length}.")
+        raise ValueError(
+            f"dataset_name: no document has a token behind a prefix of context_length={context_length}: lower it, or "
+            "give longer documents."
+        )
     lengths = tuple(length for length in LENGTHS if length <= typical)
     if lengths[-1] < LENGTHS[-1]:
         warnings.warn(

@@ -164,7 +164,7 @@ return attempt(
 )
 """
     achieves(layer, body, before=ATTEMPT + "import json, shutil, sys")
-    assert subprocess.run([available_languages()["python"], "-c", "import ast, json.decoder"], check=False).returncode == 0
+    assert subprocess.run([available_languages()["python"], "-c", "import ast, json"], check=False).returncode == 0
 
 
 @every

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -127,6 +129,29 @@ def test_seconds_grow_by_one_layer_at_a_time(tmp_path, monkeypatch):
     measured = calibration.stage_seconds(args, policy, network, method, batch)
     del measured["optimiser"]
     assert measured == {"sampling": 2 * (10 + 2 * 9), "features": 2 * (1 + 3 * 6), "update": 2 * (10 + 5 * 9)}
+
+
+def test_compilation_is_not_counted(monkeypatch):
+    """On a GPU each first step takes longer than all measuring should; without it there is time for every round."""
+    steps = []
+
+    class Compiling:
+        def __init__(self, *args):
+            self.steps = []
+            steps.append(self.steps)
+
+        def step(self):
+            self.steps.append(100.0 if not self.steps else 1.0)
+            return {"update": self.steps[-1]}
+
+    monkeypatch.setattr(calibration, "Cut", Compiling)
+    monkeypatch.setattr(calibration, "optimiser_seconds", lambda *args: 0.0)
+    args = SimpleNamespace(device=torch.device("cuda"))
+    policy = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+    micro_batch = calibration.MicroBatch({"input_ids": []}, share=1.0)
+    measured = calibration.stage_seconds(cast(Any, args), policy, None, Method(2, 4), micro_batch)
+    assert measured["update"] == 1.0
+    assert [len(of_cut) for of_cut in steps] == [2 + calibration.MOST_ROUNDS] * 3
 
 
 def test_typical_micro_batch_has_the_average_size(tmp_path):

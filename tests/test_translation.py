@@ -13,6 +13,7 @@ import pytest
 from ebft.evaluation import comet
 from ebft.evaluation.translation import (
     Segment,
+    TranslationScore,
     check_metrics,
     check_template,
     codes_of,
@@ -349,3 +350,9 @@ def test_an_environment_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"(?s)COMET's environment .*-m pip install .*failed"):
         comet.make_environment(tmp_path / "half")
     assert not (tmp_path / "half").exists(), "half of it would look like all of it"
+
+
+@pytest.mark.parametrize(("mean", "interval"), [(1.0, (0, 4)), (98.0, (95, 100)), (50.0, (47, 53))])
+def test_interval_is_one_of_scores(mean, interval):
+    score = TranslationScore("de-en", "chrF", "first", mean, mean, half_width=3.0, signature="")
+    assert (score.low, score.high) == interval

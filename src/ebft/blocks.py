@@ -5,11 +5,13 @@ tokens. Packed order: the P document tokens first, then the generated tokens in 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PADDING = -1  # the value of `doc_ids` where a row holds no token
+_REGULAR: Any = None  # stands for the tensors of the regular layout, which `__post_init__` makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +41,9 @@ class BlockLayout:
     stride: int
     context_length: int
     completion_length: int
-    anchors: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__ for the regular layout
-    valid: Tensor = None  # type: ignore[assignment]
-    prefix_starts: Tensor = None  # type: ignore[assignment]
+    anchors: Tensor = _REGULAR
+    valid: Tensor = _REGULAR
+    prefix_starts: Tensor = _REGULAR
     doc_ids: Tensor | None = None
     multiplicity: Tensor | None = None
 
@@ -152,7 +154,8 @@ class BlockLayout:
 
     def expand(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """`anchors`, `valid` and `prefix_starts`, each [B, K], for a batch of `batch_size` rows."""
-        return tuple(x.expand(batch_size, -1) for x in (self.anchors, self.valid, self.prefix_starts))  # type: ignore
+        first, second, third = (x.expand(batch_size, -1) for x in (self.anchors, self.valid, self.prefix_starts))
+        return first, second, third
 
     def references(self, input_ids: Tensor) -> Tensor:
         """The documents' own tokens of every block, `document[a_k : a_k + G]`: [B, K, G], -100 where not valid."""

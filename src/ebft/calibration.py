@@ -160,8 +160,8 @@ def stage_seconds(
     ]
     with Progress(console=Console(file=sys.stderr), transient=True) as progress:
         rounds = progress.add_task("Timing the engine's stages", total=1 + MOST_ROUNDS)
-        if args.device.type != "cpu":
-            for cut in cuts:  # which compiles the kernels of attention
+        if args.device.type != "cpu":  # the first step compiles the kernels of attention: it says nothing of the rest
+            for cut in cuts:
                 cut.step()
         times = [[cut.step()] for cut in cuts]
         warm_up = sum(sum(measured[0].values()) for measured in times)

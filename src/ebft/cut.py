@@ -62,8 +62,9 @@ class Cut:
         self.batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
         self.batch["layout"] = self.layout
         self.policy = cut_model(policy, depth, vocabulary, device).train()
-        tokens = causal_lm(self.policy).get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        self.batch["input_ids"] = self.batch["input_ids"] % tokens  # type: ignore[operator]
+        embeddings: Any = causal_lm(self.policy).get_input_embeddings()
+        tokens = embeddings.weight.shape[0]
+        self.batch["input_ids"] = self.batch["input_ids"] % tokens
         self.network = None
         if network is not None:
             shared = network.model is policy

@@ -145,7 +145,7 @@ def layer_indices(layers: Sequence[Any], num_layers: int) -> list[int]:
     return indices
 
 
-def decoder_up_to(decoder: nn.Module, top: int) -> nn.Module:
+def decoder_up_to(decoder: nn.Module, top: int) -> Any:
     """A view of `decoder` that stops after its first `top` layers; shares all weights, leaves `decoder` as it is."""
     name, layers = layer_list(decoder)
     return with_child(decoder, name, nn.ModuleList(list(layers)[:top]))
@@ -159,14 +159,14 @@ def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(decoder).__name__} has no list of layers: it cannot be the feature network.")
 
 
-def tapped(decoder: nn.Module, indices: list[int], run) -> list[Tensor]:
+def tapped(decoder: Any, indices: list[int], run) -> list[Tensor]:
     """Hidden states `hidden_states[i]` for each index while `run()` runs the decoder.
 
     Layer i's output is `hidden_states[i]`, but the last one of the whole network is taken after the final norm. Hooks,
     since `output_hidden_states` changed its meaning several times across transformers 5.
     """
     _, layers = layer_list(decoder)
-    depth = decoder.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    depth = decoder.config.get_text_config().num_hidden_layers
     taps: dict[int, Tensor] = {}
 
     def keep(index: int):
@@ -186,9 +186,9 @@ def tapped(decoder: nn.Module, indices: list[int], run) -> list[Tensor]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module):
+def adapters_off(model: Any):
     """The base model inside a peft model; nothing to do for any other."""
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():  # type: ignore[operator]
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
         yield
 
 

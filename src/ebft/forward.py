@@ -87,12 +87,12 @@ class Parts:
         return output.last_hidden_state
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: Any) -> PreTrainedModel:
     """The innermost `transformers` causal LM under DDP, accelerate and peft wrappers."""
     while hasattr(model, "module") and not isinstance(model, PreTrainedModel):
-        model = model.module  # type: ignore[assignment]
+        model = model.module
     get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if get_base_model is not None else model  # type: ignore[return-value]
+    return get_base_model() if get_base_model is not None else model
 
 
 def install(model: nn.Module) -> PreTrainedModel:
@@ -122,7 +122,7 @@ def _forward_with_signature_of(model_class: type[PreTrainedModel]) -> Callable:
     def forward(lm: PreTrainedModel, *args, packed: Callable[[Parts], Any] | None = None, **kwargs):
         return vars(lm)[ORDINARY](*args, **kwargs) if packed is None else packed(Parts(lm))
 
-    forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(model_class.forward)
     return forward
 
 

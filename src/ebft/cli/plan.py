@@ -160,7 +160,7 @@ def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) 
         return section | {"feature network": None}
     source = args.feature_model_name_or_path or "the base model"
     shared = ", adapters off: no copy" if network.model is policy else ""
-    size = network.decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+    size = network.decoder.config.get_text_config().hidden_size
     if network.reduction == "concat":
         size *= len(network.layer_indices)
     if network.pooling == "concat":
@@ -257,7 +257,7 @@ def _fit(footprint: Footprint, documents: Documents, args: EBFTConfig, limit: fl
 
 def _depth(network: FeatureNetwork) -> int:
     """Layers of the whole model that the feature network is cut from."""
-    return network.decoder.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    return network.decoder.config.get_text_config().num_hidden_layers
 
 
 def _data(documents: Documents) -> dict[str, Any]:

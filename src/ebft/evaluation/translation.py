@@ -77,6 +77,16 @@ class TranslationScore(NamedTuple):
     half_width: float
     signature: str
 
+    @property
+    def low(self) -> float:
+        """Lower end of the interval: not below 0, which few segments could bring about."""
+        return max(0.0, self.mean - self.half_width)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval: not above 100."""
+        return min(100.0, self.mean + self.half_width)
+
 
 class PairedScore(NamedTuple):
     """A model's score beside the first model's, by a paired bootstrap over the same resamples of segments.

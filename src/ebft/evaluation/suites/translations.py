@@ -115,7 +115,7 @@ class TranslationSuite(Suite):
             for score in translation_scores(self.segments, hypotheses):
                 signatures[score.metric, score.signature] = None
                 row = _row(name, score.direction, score.metric, score.hypotheses, score.score)
-                row |= dict(low=max(0.0, score.mean - score.half_width), high=score.mean + score.half_width)
+                row |= dict(low=score.low, high=score.high)
                 rows.append(row | {"units": sizes.count(score.direction), "signature": score.signature})
         for metric, signature in signatures:
             self.session.console.print(f"{metric}: {signature}", highlight=False, style="dim")

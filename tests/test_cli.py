@@ -9,7 +9,8 @@ import pytest
 
 import ebft
 from ebft.cli import VERBS, is_users_mistake, main
-from ebft.cli.arguments import GONE, ArgumentParser, default_output_dir, parse, read_flags
+from ebft.cli.arguments import argument_parser, default_output_dir, parse
+from ebft.cli.parser import GONE, read_flags
 
 REQUIRED = ["--model_name_or_path", "some/model", "--dataset_name", "some/data"]
 
@@ -218,10 +219,10 @@ def test_missing_yaml_file(capsys):
 
 
 def test_dropped_keys_are_really_gone():
-    known = vars(ArgumentParser().parse_known_args([])[0])
+    known = vars(argument_parser().parse_known_args([])[0])
     assert not GONE.keys() & known.keys()
     with pytest.raises(ValueError, match="no longer exists"):
-        read_flags(ArgumentParser(), ["--warmup_ratio", "0.1"])
+        read_flags(argument_parser(), ["--warmup_ratio", "0.1"])
 
 
 def test_evaluation_data_are_used():

@@ -4,6 +4,8 @@ import csv
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from ebft.cli import main
 from ebft.data import load_documents, tokenize_documents
 from ebft.evaluation import DocumentSettings, document_means
+from ebft.evaluation.report import label
 from sandboxes import works
 from stand_ins import comet_stand_in, harness_or_stand_in, own_task
 from tiny import byte_bpe_tokenizer
@@ -34,6 +37,8 @@ def workplace(tmp_path_factory):
     write(folder / "problems.jsonl", [{"id": "add", "prompt": "def add(a, b):\n", "tests": "assert add(1, 2) == 3"}])
     write(folder / "swiss.jsonl", [{"source": "Grueezi", "target": "hello", "direction": "gsw-en"}])
     write(folder / "long.jsonl", [{"translation": {"de": n * "x", "en": "y"}} for n in (1, 999)])
+    write(folder / "mixed.jsonl", [{"text": "one two three"}, {"txt": "four"}])
+    write(folder / "ids.jsonl", [{"input_ids": [99999, 1, 2]}])
     shutil.copytree(folder / "sft", folder / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
     return folder
@@ -63,6 +68,7 @@ def run(workplace, tmp_path, monkeypatch, capsys):
 
 
 DOCUMENTS = ("--dataset_name", "qa.jsonl", "--context_length", "3", "--lengths", "1", "2", "4", "--batch_size", "2")
+TEXT_ALONE = ("--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
 
 
 def test_documents_of_two_models(run, tmp_path, workplace):
@@ -78,6 +84,8 @@ def test_documents_of_two_models(run, tmp_path, workplace):
         for measure in ("cross_entropy/all", "cross_entropy/answer", "duplicate_rate", "distinct_2"):
             assert (name, measure, None) in numbers
     assert all(row["low"] <= row["mean"] <= row["high"] for row in numbers.values())
+    sft, ebft = (numbers[name, "perplexity/all", None]["mean"] for name in ("sft", "ebft"))
+    assert numbers["ebft - sft", "perplexity_ratio/all", None]["mean"] == pytest.approx(ebft / sft)
     assert numbers["sft", "feature_matching_floor", 4]["mean"] == numbers["ebft", "feature_matching_floor", 4]["mean"]
     assert results["feature_network"]["name"] == "sft"
     assert len(results["feature_network"]["sha256"]) == 64
@@ -114,8 +122,8 @@ def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path):
 
 
 def test_other_settings_are_not_mixed(run):
-    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
-    status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy", "--seed", "1")
+    assert run(*TEXT_ALONE)[0] == 0
+    status, printed = run(*TEXT_ALONE, "--seed", "1")
     assert status == 2 and "other settings (seed 0 -> 1)" in printed.err
 
 
@@ -132,14 +140,14 @@ def test_another_state_of_a_model_is_not_mixed(run, workplace, tmp_path):
 
 
 def test_records_of_a_later_model_are_checked_before_any_work(run, tmp_path):
-    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    assert run(*TEXT_ALONE)[0] == 0
     (tmp_path / "out" / "results.json").unlink()
     records = tmp_path / "out" / "records"
     (records / "sft-documents.jsonl").unlink()
     first, rest = (records / "ebft-documents.jsonl").read_text().split("\n", 1)
     changed = json.dumps(json.loads(first) | {"state": "another"})
     (records / "ebft-documents.jsonl").write_text(f"{changed}\n{rest}")
-    status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+    status, printed = run(*TEXT_ALONE)
     assert status == 2 and "other settings (files of the model)" in printed.err
     assert len((records / "sft-documents.jsonl").read_text().splitlines()) == 1, "nothing is measured before"
 
@@ -158,26 +166,26 @@ def test_another_batch_size_goes_on(run, tmp_path):
 
 
 def test_a_damaged_record_is_named_and_nothing_is_lost(run, tmp_path):
-    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    assert run(*TEXT_ALONE)[0] == 0
     records = tmp_path / "out" / "records" / "ebft-documents.jsonl"
     first, *rest = whole = records.read_text().splitlines(keepends=True)
     for lines, place in (([first, "{oops\n", *rest], "line 2"), ([first, "{}\n"], "line 2"), (["3\n"], "line 1")):
         records.write_text("".join(lines))
-        status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+        status, printed = run(*TEXT_ALONE)
         assert status == 2 and f"ebft-documents.jsonl, {place}: no record of an evaluation: delete th" in printed.err
         assert records.read_text() == "".join(lines)
     records.write_text("".join(whole))
-    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    assert run(*TEXT_ALONE)[0] == 0
 
 
 def test_half_written_results_are_named(run, tmp_path):
     (tmp_path / "out").mkdir()
     for text in ('{"config": {"see', "[]"):
         (tmp_path / "out" / "results.json").write_text(text)
-        status, printed = run(*DOCUMENTS, "--metrics", "cross_entropy")
+        status, printed = run(*TEXT_ALONE)
         assert status == 2 and "results.json holds no results of an evaluation" in printed.err
     (tmp_path / "out" / "results.json").unlink()
-    assert run(*DOCUMENTS, "--metrics", "cross_entropy")[0] == 0
+    assert run(*TEXT_ALONE)[0] == 0
     assert not list((tmp_path / "out").glob("*.unfinished"))
 
 
@@ -291,6 +299,12 @@ def test_a_benchmark_called_translation(run, workplace, tmp_path):
         (("--translation", "pairs.jsonl", "--comet_model", "other"), "comet_model='other' needs --comet"),
         (("--translation", "pairs.jsonl", "--time_limit", "3"), "time_limit=3.0 needs --code_benchmark"),
         (("--translation", "pairs.jsonl", "--code_temperature", "0.3"), "code_temperature=0.3 needs --num_samples or"),
+        ((*TEXT_ALONE, "--lengths", "4"), "lengths=[4] needs one of --metrics feature_matching"),
+        ((*TEXT_ALONE, "--feature_norm", "none"), "feature_norm='none' needs --metrics feature_matching"),
+        (("--dataset_name", "qa.jsonl", "--max_new_tokens", "9"), "max_new_tokens=9 needs --code_benchmark or"),
+        (("--dataset_name", "mixed.jsonl"), "mixed.jsonl, line 2 has the columns []"),
+        (("--dataset_name", "ids.jsonl"), "dataset_name='ids.jsonl', row 0: `input_ids` has 99999"),
+        (("--output_dir", "/proc/results", "--dataset_name", "qa.jsonl"), "output_dir='/proc/results' cannot be made"),
         (("--dataset_name", "qa.jsonl", "--max_length", "0"), "max_length=0 must be at least 1"),
         (("--translation", "swiss.jsonl"), "swiss.jsonl, line 1: direction='gsw-en': no name of the language 'gsw'"),
         (("--translation", "swiss.jsonl", "--language_names", "gsw"), "'gsw' is not CODE=NAME"),
@@ -404,3 +418,21 @@ def test_models_with_different_tokenizers(run, workplace):
     options = ("--model_name_or_path", "sft", "--feature_model_name_or_path", "other", "--dataset_name", "qa.jsonl")
     status, printed = run(*options)
     assert status == 2 and "feature_model_name_or_path='other' has another vocabulary" in printed.err
+
+
+ONE = ("--model_name_or_path", "x")
+
+
+@pytest.mark.parametrize("words", [("--modl", "x"), ONE, (*ONE, "--tasks", "y", "--seed", "-1")])
+def test_a_wrong_option_is_told_without_torch(words):
+    code = (
+        "import sys; from ebft.cli import main; status = main(['evaluate', *sys.argv[1:]]); "
+        "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys(); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_names_of_benchmarks_stay_as_they_are():
+    assert label({"measure": "cross_entropy/all", "length": None}) == "cross entropy, all"
+    assert label({"measure": "mbpp_train.jsonl/greedy/pass@1", "length": None}) == "mbpp_train.jsonl, greedy, pass@1"

@@ -23,7 +23,7 @@ from ebft.evaluation import (
 from ebft.evaluation.batches import batches_of
 from ebft.evaluation.contexts import all_contexts
 from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_end
-from ebft.evaluation.document_measures import prompt_groups, reference_variance
+from ebft.evaluation.document_measures import contexts_of, prompt_groups, reference_variance
 from ebft.evaluation.records import RecordFile
 from ebft.evaluation.summary import summarise
 from ebft.evaluation.token_statistics import token_statistics
@@ -105,7 +105,7 @@ def test_calibration_token_by_token(models, documents, temperature):
     found = measured(model, phi, documents, replace(SETTINGS, measures=("calibration",), temperature=temperature))
     assert set(found) == {"entropy/rollout", "entropy/reference", "cross_entropy/reference"}
     (batch,) = batches_of(documents, 8, "cpu")
-    layout = SETTINGS.contexts(batch)
+    layout = contexts_of(batch, SETTINGS)
     noise = sampling_uniforms(layout, batch["document_ids"], 3, seed=0, purpose=EVALUATION, step=0)
     options = dict(uniforms=noise, temperature=temperature)
     tokens = sample_rollouts(model, batch["input_ids"], layout, 3, **options).tokens
@@ -128,7 +128,7 @@ def test_contexts_are_drawn_without_a_look_at_the_end(documents):
     (batch,) = batches_of(documents, 8, "cpu")
     drawn: list[list[int]] = [[] for _ in documents]
     for seed in range(250):
-        layout = replace(SETTINGS, seed=seed).contexts(batch)
+        layout = contexts_of(batch, replace(SETTINGS, seed=seed))
         for row, valid in enumerate(layout.valid):
             places = layout.anchors[row][valid].tolist()
             drawn[row] += places[1:]
@@ -279,7 +279,7 @@ def test_diversity_ends_at_all_of_a_models_ends(documents):
     model.generation_config.eos_token_id = [*range(20, 30)]
     settings = replace(SETTINGS, measures=("diversity",), num_generations=16)
     (batch,) = batches_of(documents, 8, "cpu")
-    layout = settings.contexts(batch)
+    layout = contexts_of(batch, settings)
     noise = sampling_uniforms(layout, batch["document_ids"], 16, seed=0, purpose=EVALUATION, step=0)
     tokens = sample_rollouts(model, batch["input_ids"], layout, 16, uniforms=noise).tokens
     kept = []

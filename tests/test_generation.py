@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 import held_out
-from ebft.evaluation.generation import GenerationSettings, check_room, complete
+from ebft.evaluation.generation import check_room, complete
+from ebft.evaluation.settings import GenerationSettings
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebft import extras
-from ebft.evaluation.document_measures import LENGTHS
+from ebft.evaluation.settings import LENGTHS
 from ebft.quickstart import corpus
 from ebft.quickstart.__main__ import ARTIFACTS, MODELS, SHOWN, SMOKE, main, prepare_folder
 

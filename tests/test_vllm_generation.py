@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from ebft.evaluation.generation import GenerationSettings, complete
+from ebft.evaluation.generation import complete
+from ebft.evaluation.settings import GenerationSettings
 from ebft.evaluation.vllm_generation import VLLMEngine
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model

@@ -46,13 +46,9 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: An option, a model or the data cannot be used.
     """
-    import warnings
-
-    import datasets
-    import transformers
-
-    from ebft.cli.arguments import ArgumentParser, read_flags
-    from ebft.evaluation import EvaluationConfig, evaluate
+    # The settings alone import neither torch nor transformers: a wrong one is told at once.
+    from ebft.cli.parser import ArgumentParser, read_flags
+    from ebft.evaluation.config import EvaluationConfig
 
     if "--help-all" in argv:
         ArgumentParser("evaluate", [EvaluationConfig]).print_help()
@@ -60,6 +56,17 @@ def run(argv: list[str]) -> None:
     parser = ArgumentParser("evaluate", [EvaluationConfig])
     read_flags(parser, argv)
     config: Any = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    _evaluate(config)
+
+
+def _evaluate(config: Any) -> None:
+    import warnings
+
+    import datasets
+    import transformers
+
+    from ebft.evaluation import evaluate
+
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

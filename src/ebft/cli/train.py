@@ -62,10 +62,10 @@ def run(argv: list[str]) -> None:
         OSError: A file or a model cannot be read.
     """
     from ebft._compat import close_progress_bars
-    from ebft.cli.arguments import ArgumentParser, parse
+    from ebft.cli.arguments import argument_parser, parse
 
     if "--help-all" in argv:
-        ArgumentParser().print_help()
+        argument_parser().print_help()
         return
     environment = dict(os.environ)
     arguments = parse(argv)

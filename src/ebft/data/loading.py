@@ -208,7 +208,7 @@ def _check_json(files: Iterable[Path], limit: int | None) -> int:
             if columns != first[1]:
                 raise ValueError(
                     f"{place} has the columns {sorted(columns)}, but {first[0]} has {sorted(first[1])}: "
-                    "give all rows the same format, or train on one file at a time"
+                    "give all rows the same format, or use one file at a time"
                 )
             _check_types(row, place)
     return count

@@ -1,5 +1,6 @@
 """COMET scores of translations, from an environment of its own: it needs an older transformers and numpy than ours."""
 
+import argparse
 import json
 import os
 import shutil
@@ -123,4 +124,6 @@ def _tail(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(make_environment())
+    parser = argparse.ArgumentParser("python -m ebft.evaluation.comet", description="Make COMET's environment.")
+    parser.add_argument("--folder", type=Path, default=environment_folder(), help="where (default: %(default)s)")
+    print(make_environment(parser.parse_args().folder))

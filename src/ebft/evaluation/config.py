@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .comet import MODEL
-from .document_measures import MEASURES, DocumentSettings
-from .generation import GenerationSettings
 from .pass_at_k import check_k
+from .settings import MEASURES, DocumentSettings, GenerationSettings
 from .translation import TEMPLATE
 
 SETTINGS_OF = {
@@ -48,6 +47,9 @@ SETTINGS_OF = {
     "comet": ("comet_model",),
     "tasks": ("tasks_limit",),
 }
+OF_ROLLOUTS = ("lengths", "num_generations", "contexts_per_document", "context_length", "temperature")
+OF_FEATURES = ("feature_model_name_or_path", "feature_layers", "feature_norm")
+OF_COMPLETIONS = ("max_new_tokens", "generation_engine")
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -160,9 +162,16 @@ class EvaluationConfig:
             for name in names:
                 if not getattr(self, wanted) and getattr(self, name) != defaults[name]:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs --{wanted}, which is not given.")
-        if self.code_temperature != defaults["code_temperature"] and max(self.num_samples, self.best_of) == 1:
-            value = self.code_temperature
-            raise ValueError(f"code_temperature={value} needs --num_samples or --best_of above 1; greedy has none.")
+        rollouts = any(name != "cross_entropy" for name in self.metrics)
+        for wanted, names, needs in (
+            (rollouts, OF_ROLLOUTS, "one of --metrics feature_matching calibration diversity"),
+            ("feature_matching" in self.metrics, OF_FEATURES, "--metrics feature_matching"),
+            (self.code_benchmark or self.translation, OF_COMPLETIONS, "--code_benchmark or --translation"),
+            (max(self.num_samples, self.best_of) > 1, ("code_temperature",), "--num_samples or --best_of above 1"),
+        ):
+            for name in names:
+                if not wanted and getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs {needs}; without, it does nothing.")
 
     @property
     def names(self) -> list[str]:

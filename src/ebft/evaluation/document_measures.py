@@ -8,7 +8,6 @@ P document tokens, D features.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -27,73 +26,14 @@ from .contexts import behind_prompt, random_contexts
 from .diversity import distinct, duplicate_rate, self_bleu, until_end
 from .generation import end_ids
 from .intervals import DocumentMean
-from .summary import BY_POSITION, means_of
+from .settings import DocumentSettings
+from .summary import means_of
 from .token_statistics import TokenStatistics, token_statistics
 
-MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
 NGRAMS = (1, 2, 3, 4)
-LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # measure -> sums [B, ...] and counts [B], float64
 Record = dict[str, Any]  # of one document or group: measure -> [sums, count]; `id` is its first document's
-
-
-@dataclass(frozen=True)
-class DocumentSettings:
-    """What is measured and how.
-
-    Attributes:
-        measures: Of `MEASURES`.
-        lengths: Completion lengths of the feature-matching loss, in tokens, ascending.
-        num_generations: N, rollouts per context.
-        contexts_per_document: At most so many; see `contexts.random_contexts`.
-        context_length: Shortest prefix of a context, in tokens.
-        temperature: Of the rollouts, and of all numbers of the calibration; `cross_entropy` is at 1.
-        seed: Of the rollouts.
-        batch_size: Documents per forward.
-
-    Raises:
-        ValueError: A name is unknown or a number out of range.
-    """
-
-    measures: tuple[str, ...] = MEASURES
-    lengths: tuple[int, ...] = LENGTHS
-    num_generations: int = 8
-    contexts_per_document: int = 4
-    context_length: int = 8
-    temperature: float = 1.0
-    seed: int = 0
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.measures if name not in MEASURES]
-        if unknown or not self.measures:
-            raise ValueError(f"metrics={list(self.measures)}: use some of {', '.join(MEASURES)}.")
-        if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
-            raise ValueError(f"lengths={list(self.lengths)} must be ascending numbers of tokens, each at least 1.")
-        if self.num_generations < 2:
-            raise ValueError(f"num_generations={self.num_generations}: rollouts are compared in pairs, use 2 or more.")
-        for name in ("contexts_per_document", "context_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: a greedy model has one rollout.")
-
-    @property
-    def samples(self) -> bool:
-        """Whether any measure needs rollouts."""
-        return bool({"feature_matching", "calibration", "diversity"} & set(self.measures))
-
-    def contexts(self, batch: dict[str, Tensor]) -> BlockLayout:
-        """Where the documents of a batch are continued."""
-        places = self.contexts_per_document, self.context_length, max(self.lengths)
-        return random_contexts(batch, *places, self.seed)
-
-    @property
-    def axes(self) -> dict[str, Sequence[int]]:
-        """Of each measure that is a curve, what its numbers belong to: lengths, or places in a completion."""
-        curves = [f"feature_matching_{name}" for name in ("loss", "shared", "floor", "excess")]
-        return {**dict.fromkeys(curves, self.lengths), **dict.fromkeys(BY_POSITION, range(1, max(self.lengths) + 1))}
 
 
 def document_means(
@@ -205,7 +145,7 @@ def _measure_batch(
         sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
     first: tuple[Tensor, Tensor] | None = None
     if settings.samples:
-        layout = settings.contexts(batch)
+        layout = contexts_of(batch, settings)
         rollouts = _rollouts(model, batch, layout, settings)
         if "calibration" in measures:
             sums |= _calibration(text(settings.temperature), rollouts, layout)
@@ -224,6 +164,12 @@ def _measure_batch(
         for row in behind_prompt(batch, layout).nonzero().flatten().tolist():
             records[row]["behind_prompt"] = tuple(x[row] for x in first)
     return records
+
+
+def contexts_of(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
+    """Where the documents of a batch are continued."""
+    places = settings.contexts_per_document, settings.context_length, max(settings.lengths)
+    return random_contexts(batch, *places, settings.seed)
 
 
 def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:

@@ -5,7 +5,6 @@ On a GPU the cache is static, which saves its growing; on a CPU it grows, so tha
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,41 +13,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..forward import evaluation_mode
 from .code_benchmarks import cut
 from .diversity import until_end
+from .settings import GenerationSettings
 
 TOKENS_AT_A_TIME = 32_768  # of prompts and completions together, where the batch size does not say less
-
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How completions are drawn.
-
-    Attributes:
-        num_samples: Completions of each prompt.
-        max_new_tokens: Longest completion.
-        temperature: 0 is greedy, and then one sample is all there is.
-        top_p: Keep the smallest set of tokens of at least this probability.
-        batch_size: Completions at a time.
-        seed: Of the noise.
-
-    Raises:
-        ValueError: A number is out of range.
-    """
-
-    num_samples: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: use at least 0, and one in (0, 1].")
-        if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(f"num_samples={self.num_samples} at temperature 0 are all alike: use 1, or sample.")
 
 
 def check_room(

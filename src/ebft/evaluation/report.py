@@ -12,22 +12,29 @@ from rich.table import Table
 from rich.text import Text
 
 from .records import check_same
-from .summary import BY_POSITION, Row
+from .settings import BY_POSITION
+from .summary import Row
 
 RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
+# How the measures of documents begin.
+IN_WORDS = ("cross_entropy", "perplexity", "feature_matching", "entropy", "duplicate_rate", "distinct", "self_bleu")
 NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "device", "vllm_gpu_memory_utilization")
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that holds the results of another evaluation: they would be overwritten.
+    """Make the folder; refuse one that holds the results of another evaluation: they would be overwritten.
 
     Raises:
-        ValueError: Names the settings that differ.
+        ValueError: It cannot be made, or names the settings that differ.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir='{folder}' is a file: name a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir='{folder}' cannot be made ({error.strerror}): name a folder where you may write."
+        ) from error
     if (folder / RESULTS).exists():
         try:
             before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
@@ -77,8 +84,10 @@ def show(console: Console, rows: Sequence[Row], names: Sequence[str], title: str
 
 
 def label(row: Row) -> str:
-    """What a number is, in words."""
-    name = row["measure"].replace("/", ", ").replace("_", " ")
+    """What a number is, in words; benchmarks and tasks keep their names."""
+    name = row["measure"].replace("/", ", ")
+    if name.startswith(IN_WORDS):
+        name = name.replace("_", " ")
     if row["length"] is None:
         return name
     return f"{name}, token {row['length']}" if row["measure"] in BY_POSITION else f"{name}, length {row['length']}"
@@ -204,6 +213,8 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
         axis.set_title(label({"measure": measure, "length": None}), fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
         axis.set_xlim(-0.5, len(names) - 0.5)
+        if axis.get_ylim()[0] < 0 and all(row["mean"] >= 0 for name in names for row in rows_of(rows, name, measure)):
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(measures) :]:
         axis.axis("off")

@@ -12,9 +12,8 @@ from .intervals import DocumentMean
 
 Row = dict[str, Any]  # model, measure, length (None for a single number), mean, low, high, units
 
-# Measure of the records -> what `length` counts. All others are single numbers.
-BY_POSITION = ("entropy/rollout", "entropy/reference", "cross_entropy/reference")
 EXPONENTIALS = {"cross_entropy/all": "perplexity/all", "cross_entropy/answer": "perplexity/answer"}
+RATIOS = {"cross_entropy/all": "perplexity_ratio/all", "cross_entropy/answer": "perplexity_ratio/answer"}
 
 
 def means_of(records: Iterable[Mapping[str, Any]]) -> dict[str, DocumentMean]:
@@ -46,16 +45,16 @@ def summarise(measured: Mapping[str, Mapping[str, DocumentMean]], lengths: Mappi
             found = _rows(name, measure, value, lengths)
             rows += found
             if measure in EXPONENTIALS:
-                rows += [
-                    row | {"measure": EXPONENTIALS[measure]} | {key: math.exp(row[key]) for key in _NUMBERS}
-                    for row in found
-                ]
+                rows += _exponentials(found, EXPONENTIALS[measure])
     left_out: list[str] = []
     for one, other in combinations(measured, 2):
         for measure in dict.fromkeys((*measured[one], *measured[other])):
             pair = measured[one].get(measure), measured[other].get(measure)
             if pair[0] is not None and pair[1] is not None and torch.equal(pair[0].counts, pair[1].counts):
-                rows += _rows(f"{other} - {one}", measure, pair[1] - pair[0], lengths)
+                found = _rows(f"{other} - {one}", measure, pair[1] - pair[0], lengths)
+                rows += found
+                if measure in RATIOS:
+                    rows += _exponentials(found, RATIOS[measure])
             else:
                 left_out.append(f"{other} - {one}: {measure}")
     if left_out:
@@ -67,7 +66,9 @@ def summarise(measured: Mapping[str, Mapping[str, DocumentMean]], lengths: Mappi
     return rows
 
 
-_NUMBERS = ("mean", "low", "high")
+def _exponentials(rows: Sequence[Row], measure: str) -> list[Row]:
+    """The rows' numbers as perplexities, or of a difference as the ratio of two."""
+    return [row | {"measure": measure} | {key: math.exp(row[key]) for key in ("mean", "low", "high")} for row in rows]
 
 
 def _rows(name: str, measure: str, value: DocumentMean, lengths: Mapping[str, Sequence[Any]]) -> list[Row]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._compat import with_python_scores
 from ..extras import require
 from .rows import Row, given, read_rows, strings_of, text_of, value_of
 
@@ -397,4 +396,6 @@ def _metrics(direction: str, *, sentences: bool = False) -> "dict[str, Metric]":
 
     target = _base_language(codes_of(direction)[1])  # sacrebleu knows zh, and takes zh_CN for a language with spaces
     # Sentences shorter than four words have no 4-gram: without the effective order their BLEU says nothing.
+    from .._compat import with_python_scores
+
     return {"BLEU": BLEU(trg_lang=target, effective_order=sentences), "chrF": with_python_scores(CHRF())}

@@ -20,9 +20,10 @@ from ... import models as loading
 from ..._compat import revision_of
 from ...extras import require
 from ..config import EvaluationConfig
-from ..generation import GenerationSettings, check_room, complete
+from ..generation import check_room, complete
 from ..intervals import DocumentMean
 from ..records import RecordFile
+from ..settings import GenerationSettings
 from ..summary import Row
 from ..vllm_generation import VLLMEngine
 from ..weights import check_weights

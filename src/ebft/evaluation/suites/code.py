@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..code_benchmarks import Problem, check_languages, load_problems
 from ..config import short_names
-from ..generation import GenerationSettings
 from ..intervals import DocumentMean
 from ..pass_at_k import pass_at_k
 from ..records import Record, RecordFile
+from ..settings import GenerationSettings
 from ..summary import means_of
 from .base import Session, Suite, Turn, generation_identity, prompt_tokens
 

@@ -11,9 +11,10 @@ from ...data import load_documents, tokenize_documents
 from ...extras import version_of
 from ...features import FeatureNetwork
 from ...support import check_config, check_same_vocabulary
-from ..document_measures import LENGTHS, measure_documents, prompt_groups
+from ..document_measures import measure_documents, prompt_groups
 from ..intervals import DocumentMean
 from ..records import Record, RecordFile
+from ..settings import LENGTHS
 from ..summary import means_of
 from .base import Session, Suite, Turn
 
@@ -35,7 +36,9 @@ class DocumentSuite(Suite):
         dataset: Any = load_documents(name, split=split, config=config.dataset_config)
         if config.max_documents is not None:
             dataset = dataset.select(range(min(len(dataset), config.max_documents)))
-        self.documents = list(tokenize_documents(dataset, self.tokenizer, max_length=max_length))
+        label = f"dataset_name={name!r}"
+        documents = tokenize_documents(dataset, self.tokenizer, max_length=max_length, dataset_label=label)
+        self.documents = list(documents)
         self.settings = config.document_settings((1,))
         if self.settings.samples:
             lengths = fitting_lengths(self.documents, config.lengths, config.context_length)

@@ -7,9 +7,9 @@ from typing import Any
 
 from ...extras import require
 from .. import comet
-from ..generation import GenerationSettings
 from ..intervals import DocumentMean
 from ..records import Record, RecordFile
+from ..settings import GenerationSettings
 from ..summary import Row, means_of
 from ..translation import (
     LANGUAGE_NAMES,

@@ -128,7 +128,7 @@ def test_yaml_means_what_the_same_flag_means(write_yaml, monkeypatch):
         "eval_strategy: no\nreport_to: [none]\nmax_blocks: null\nlr_scheduler_kwargs: {a: 1}\npacking: true\n"
         "feature_layers: [0.5, 1]\nuse_peft: true\nlora_target_modules: all-linear\nenv: {EBFT_TEST_VARIABLE: 1}\n"
     )
-    data, training, model, _ = parse([*write_yaml(recipe), *REQUIRED])
+    data, training, model, *_ = parse([*write_yaml(recipe), *REQUIRED])
     assert training.eval_strategy == "no"
     assert training.max_blocks is None
     assert training.lr_scheduler_kwargs == {"a": 1}

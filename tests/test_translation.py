@@ -11,15 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ebft.evaluation import comet
-from ebft.evaluation.translation import (
-    Segment,
+from ebft.evaluation.translation import Segment, check_template, codes_of, load_translations, translation_prompt
+from ebft.evaluation.translation_scores import (
     TranslationScore,
     check_metrics,
-    check_template,
-    codes_of,
     compare_translations,
-    load_translations,
-    translation_prompt,
     translation_scores,
 )
 from stand_ins import comet_stand_in

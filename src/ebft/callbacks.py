@@ -1,6 +1,7 @@
 """What hangs on fixed moments of transformers' training loop."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,37 @@ class StepLine(ProgressCallback):
         shown = [f"{name} {logs[kind + key]:.4g}" for key, name in SHOWN.items() if kind + key in logs]
         if self.training_bar is not None and shown:
             self.training_bar.write(f"{'evaluation at ' if kind else ''}step {state.global_step}: " + ", ".join(shown))
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """Ends the training after so many seconds of optimiser steps; evaluations and saves between them do not count.
+
+    Args:
+        seconds: The budget.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.spent = seconds, 0.0
+        self._began = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run has spent what its checkpoint says."""
+        callbacks: Any = state.stateful_callbacks
+        saved = callbacks.get(type(self).__name__) if callbacks and state.global_step else None
+        self.spent = saved["attributes"]["spent"] if saved else 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock, and the training where the budget is spent."""
+        self.spent += time.perf_counter() - self._began
+        control.should_training_stop |= self.spent >= self.seconds
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves."""
+        return {"args": {"seconds": self.seconds}, "attributes": {"spent": self.spent}}
 
 
 class FeatureNetworkRecord(TrainerCallback, ExportableState):

@@ -53,6 +53,54 @@ class DataArguments:
             raise ValueError("eval_split_size, eval_dataset_name: both are given; keep one of them")
 
 
+METHODS = ("ebft", "sft", "rlvr")
+
+
+@dataclass
+class MethodArguments:
+    """How to train: EBFT, or what it is compared with, on the same documents."""
+
+    method: str = field(
+        default="ebft",
+        metadata={"help": "ebft; sft (trl.SFTTrainer); rlvr (trl.RLOOTrainer, needs `reward`)."},
+    )
+    reward: str | None = field(
+        default=None,
+        metadata={"help": "Of rlvr: unit_tests (the column `tests`), bleu, or an import path: my_rewards.length."},
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Of rlvr: longest completion, in tokens."})
+    time_limit: float = field(default=10.0, metadata={"help": "Of reward unit_tests: seconds a program may run."})
+    allow_weak_sandbox: bool = field(
+        default=False, metadata={"help": "Of reward unit_tests: run code even where only resource limits protect."}
+    )
+    max_train_seconds: float | None = field(
+        default=None, metadata={"help": "End the training after so many seconds of optimiser steps."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: got {self.method!r}; give one of {', '.join(METHODS)}")
+        if self.method == "rlvr" and self.reward is None:
+            raise ValueError("reward: missing; method rlvr needs unit_tests, bleu, or an import path of a function")
+        default = {spec.name: spec.default for spec in fields(self)}
+        for name, wanted in (
+            ("reward", self.method == "rlvr"),
+            ("max_completion_length", self.method == "rlvr"),
+            ("time_limit", self.reward == "unit_tests"),
+            ("allow_weak_sandbox", self.reward == "unit_tests"),
+        ):
+            if not wanted and getattr(self, name) != default[name]:
+                needed = "method: rlvr" if name in ("reward", "max_completion_length") else "reward: unit_tests"
+                blocks = "; EBFT's blocks have `completion_length`" if name == "max_completion_length" else ""
+                raise ValueError(f"{name}: got {getattr(self, name)}, which does nothing without {needed}{blocks}")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length: got {self.max_completion_length}; give at least 1")
+        for name in ("time_limit", "max_train_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: got {value}; give seconds above 0")
+
+
 @dataclass
 class ModelArguments(ModelConfig):
     """TRL's model options, without LoRA dropout: it would make the update off-policy."""
@@ -91,12 +139,14 @@ class Arguments(NamedTuple):
     data: DataArguments
     training: EBFTConfig
     model: ModelArguments
+    method: MethodArguments
     plan: PlanArguments | None = None
 
 
 def argument_parser(verb: str = "train") -> ArgumentParser:
     """A parser of the options of `train` or `plan`."""
-    groups = [DataArguments, EBFTConfig, ModelArguments, *([PlanArguments] if verb == "plan" else [])]
+    groups = [DataArguments, EBFTConfig, ModelArguments, MethodArguments]
+    groups += [PlanArguments] if verb == "plan" else []
     return ArgumentParser(verb, groups)
 
 
@@ -115,6 +165,8 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
     """
     parser = argument_parser(verb)
     namespace = read_flags(parser, argv)
+    if verb == "plan" and namespace.method != "ebft":
+        raise ValueError(f"method: got {namespace.method!r}; `ebft plan` knows what EBFT costs, no other method")
     if namespace.eval_strategy == "no" and (namespace.eval_dataset_name or namespace.eval_split_size):
         argv = [*argv, "--eval_strategy", "epoch"]
     for name in ("model_name_or_path", "dataset_name"):

@@ -26,7 +26,6 @@ GONE = {
     "include_tokens_per_second": "remove it: tokens_per_second is always logged",
     "jit_mode_eval": "remove it",
     "logging_dir": "remove it: metrics.jsonl is in output_dir (TensorBoard reads TENSORBOARD_LOGGING_DIR)",
-    "max_completion_length": "write `completion_length`",
     "max_seq_length": "write `max_length`",
     "no_cuda": "write `use_cpu: true`",
     "overwrite_output_dir": "remove it: choose another output_dir, or go on with `resume_from_checkpoint: true`",

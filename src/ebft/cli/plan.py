@@ -84,7 +84,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     from ebft import models
     from ebft.cli.train import find_checkpoint, from_pretrained_options
 
-    data, args, model, _ = arguments
+    data, args, model = arguments[:3]
     name = str(model.model_name_or_path)
     find_checkpoint(args)
     if data.num_processes == 1:
@@ -213,7 +213,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
 
     from ebft.sizes import run_footprint
 
-    data, args, model, plan = arguments
+    data, args, model, _, plan = arguments
     # Given memory is a GPU's, with its larger chunks, unless this machine is to be timed.
     elsewhere = plan is not None and plan.memory is not None and not plan.calibrate
     return run_footprint(

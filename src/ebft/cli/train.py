@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ebft.cli.arguments import Arguments, DataArguments
+    from transformers import Trainer
+
+    from ebft.cli.arguments import Arguments, DataArguments, MethodArguments
     from ebft.config import EBFTConfig
-    from ebft.trainer import EBFTTrainer
 
 LAUNCHED = "EBFT_LAUNCHED"  # set in the processes of a launcher, which must not start another one
 
@@ -46,6 +47,9 @@ often used, with their defaults:
   --eval_strategy no                 `steps` (with --eval_steps N) and `epoch` evaluate on the test split, or on
                                      --eval_dataset_name DATA or --eval_split_size 0.05; with these, default: epoch
   --num_processes 1                  more run under `accelerate launch`
+  --method ebft                      sft and rlvr are what EBFT is compared with, on the same documents, by TRL's
+                                     trainers; rlvr needs --reward unit_tests, bleu, or MODULE.FUNCTION
+  --max_train_seconds S              end the training after S seconds of updates
 
   ebft train --help-all              every option
 """
@@ -99,7 +103,7 @@ def _how_to_continue(training: EBFTConfig) -> str:
     return "stopped; continue with --resume_from_checkpoint last"
 
 
-def build_trainer(arguments: Arguments) -> EBFTTrainer:
+def build_trainer(arguments: Arguments) -> Trainer:
     """Load the data and the model and put the trainer together.
 
     Args:
@@ -110,23 +114,44 @@ def build_trainer(arguments: Arguments) -> EBFTTrainer:
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ebft.trainer import EBFTTrainer
+    from ebft.callbacks import TimeBudget
 
-    data, training, model, _ = arguments
-    description, given = describe(arguments), training.model_init_kwargs
-    training.model_init_kwargs = from_pretrained_options(arguments)
-    train_dataset, eval_dataset = load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
-    trainer = EBFTTrainer(
-        model=str(model.model_name_or_path),
-        args=training,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    training, model, method = arguments.training, arguments.model, arguments.method
     # resolved_config.yaml repeats the options as they were given, so that a flag can still override each of them.
-    trainer.run_description, training.model_init_kwargs = description, given
+    description = {**describe(arguments), "model_init_kwargs": training.model_init_kwargs}
+    training.model_init_kwargs = from_pretrained_options(arguments)
+    evaluate = training.eval_strategy != "no"
+    train_dataset, eval_dataset = load_datasets(arguments.data, evaluate=evaluate, seed=training.seed)
+    options: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    options |= {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
+    trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
+    if method.max_train_seconds is not None:
+        trainer.add_callback(TimeBudget(method.max_train_seconds))
     return trainer
+
+
+def _trainer_of(
+    method: MethodArguments, description: dict[str, Any], model: str, training: EBFTConfig, options: dict[str, Any]
+) -> Trainer:
+    """The trainer of a method; `options` are what all of them take."""
+    if method.method == "ebft":
+        from ebft.trainer import EBFTTrainer
+
+        trainer = EBFTTrainer(model, training, **options)
+        trainer.run_description, trainer.args.model_init_kwargs = description, description["model_init_kwargs"]
+        return trainer
+    from ebft.baselines import rlvr_trainer, sft_trainer
+    from ebft.baselines.rewards import make_reward
+
+    if method.method == "sft":
+        return sft_trainer(model, training, **options, description=description)
+    reward = make_reward(
+        str(method.reward), time_limit=method.time_limit, allow_weak_sandbox=method.allow_weak_sandbox
+    )
+    length = method.max_completion_length
+    return rlvr_trainer(
+        model, training, **options, description=description, reward=reward, max_completion_length=length
+    )
 
 
 def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
@@ -145,7 +170,7 @@ def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
 def describe(arguments: Arguments) -> dict[str, Any]:
     """The data and model options that differ from their defaults, and all of an adapter, for resolved_config.yaml."""
     adapter = ("use_", "lora_") if arguments.model.use_peft else ()
-    groups = (arguments.model, arguments.data)
+    groups = (arguments.method, arguments.model, arguments.data)
     values = {
         spec.name: (getattr(group, spec.name), spec.default) for group in groups for spec in dataclasses.fields(group)
     }
@@ -226,7 +251,7 @@ def _check_inputs(arguments: Arguments) -> None:
     """Find mistakes that cost little to find before several processes report each of them."""
     from transformers import AutoConfig
 
-    data, training, model, _ = arguments
+    data, training, model = arguments[:3]
     AutoConfig.from_pretrained(str(model.model_name_or_path), **from_pretrained_options(arguments))
     load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
 

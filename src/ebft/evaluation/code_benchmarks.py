@@ -141,7 +141,7 @@ def _format_of(place: str, row: Row) -> tuple[str, Callable[[Row, str], Problem]
         ("plus_input", "evalplus", _evalplus),
         ("stop_tokens", "multipl_e", _multipl_e),
         ("test_list", "mbpp", _mbpp),
-        ("tests", "ours", _ours),
+        ("tests", "ours", own_problem),
         ("test", "humaneval", _humaneval),
         ("canonical_solution", "humaneval", _humaneval),
     ):
@@ -231,7 +231,12 @@ def _multipl_e(row: Row, place: str) -> Problem:
     )
 
 
-def _ours(row: Row, place: str) -> Problem:
+def own_problem(row: Row, place: str) -> Problem:
+    """A problem of `prompt` and `tests`, and optionally `id`, `entry_point`, `stop` and `language`.
+
+    Raises:
+        ValueError: A field is missing or of another type, or the tests are no Python; names the place and the field.
+    """
     language = text_of(row, place, "language") if given(row, "language") else "python"
     entry_point = text_of(row, place, "entry_point") if given(row, "entry_point") else None
     tests = text_of(row, place, "tests")

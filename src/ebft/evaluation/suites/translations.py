@@ -11,16 +11,8 @@ from ..intervals import DocumentMean
 from ..records import Record, RecordFile
 from ..settings import GenerationSettings
 from ..summary import Row, means_of
-from ..translation import (
-    LANGUAGE_NAMES,
-    STOP,
-    check_metrics,
-    check_template,
-    compare_translations,
-    load_translations,
-    translation_prompt,
-    translation_scores,
-)
+from ..translation import LANGUAGE_NAMES, STOP, check_template, load_translations, translation_prompt
+from ..translation_scores import check_metrics, compare_translations, translation_scores
 from .base import Session, Suite, Turn, files_fingerprint, generation_identity, prompt_tokens
 
 

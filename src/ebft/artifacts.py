@@ -54,16 +54,18 @@ def check_resume(output_dir: str | Path, checkpoint: str | Path) -> None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint that was written to its end: the trainer's state is its last file."""
-    folder = Path(output_dir)
-    return max(map(str, _whole_checkpoints(folder)), key=lambda path: _step_of(Path(path)), default=None)
+    found = whole_checkpoints(Path(output_dir))
+    return str(found[-1]) if found else None
 
 
-def _whole_checkpoints(folder: Path) -> list[Path]:
-    found = folder.glob("checkpoint-*")
-    return [path for path in found if _step_of(path) >= 0 and _is_json(path / "trainer_state.json")]
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints that were written to their end, the earliest first."""
+    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0]
+    return sorted((path for path in found if _is_json(path / "trainer_state.json")), key=step_of)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step of a checkpoint, by its name; -1 if it has none."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1
 
@@ -105,8 +107,8 @@ class RunFolder:
         for path in (self.path / "rollouts").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        for path in _whole_checkpoints(self.path):
-            if _step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
+        for path in whole_checkpoints(self.path):
+            if step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
                 path.rename(path.with_name(f"superseded-{time.time_ns()}-{path.name}"))
 
     def _warn_of_changes(self, settings: dict[str, Any]) -> None:

@@ -49,11 +49,12 @@ class TimeBudget(TrainerCallback, ExportableState):
     """Ends the training after so many seconds of optimiser steps; evaluations and saves between them do not count.
 
     Args:
-        seconds: The budget.
+        seconds: The budget; None for no end.
+        every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others.
     """
 
-    def __init__(self, seconds: float):
-        self.seconds, self.spent = seconds, 0.0
+    def __init__(self, seconds: float | None, every: float | None = None):
+        self.seconds, self.every, self.spent = seconds, every, 0.0
         self._began = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -68,12 +69,16 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop the clock, and the training where the budget is spent."""
+        before = self.spent
         self.spent += time.perf_counter() - self._began
-        control.should_training_stop |= self.spent >= self.seconds
+        ends = self.seconds is not None and self.spent >= self.seconds
+        control.should_training_stop |= ends
+        if self.every is not None:
+            control.should_save |= ends or self.spent // self.every > before // self.every
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves."""
-        return {"args": {"seconds": self.seconds}, "attributes": {"spent": self.spent}}
+        return {"args": {"seconds": self.seconds, "every": self.every}, "attributes": {"spent": self.spent}}
 
 
 class FeatureNetworkRecord(TrainerCallback, ExportableState):

@@ -15,6 +15,7 @@ import ebft
 VERBS = {
     "train": "fine-tune a model on your documents",
     "evaluate": "measure models side by side on held-out documents and tasks",
+    "compare": "train and measure methods side by side, over seeds",
     "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }

@@ -76,6 +76,9 @@ class MethodArguments:
     max_train_seconds: float | None = field(
         default=None, metadata={"help": "End the training after so many seconds of optimiser steps."}
     )
+    save_seconds: float | None = field(
+        default=None, metadata={"help": "Save a checkpoint after each so many seconds of optimiser steps."}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -95,7 +98,7 @@ class MethodArguments:
                 raise ValueError(f"{name}: got {getattr(self, name)}, which does nothing without {needed}{blocks}")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length: got {self.max_completion_length}; give at least 1")
-        for name in ("time_limit", "max_train_seconds"):
+        for name in ("time_limit", "max_train_seconds", "save_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: got {value}; give seconds above 0")

@@ -125,8 +125,8 @@ def build_trainer(arguments: Arguments) -> Trainer:
     options: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     options |= {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
     trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
-    if method.max_train_seconds is not None:
-        trainer.add_callback(TimeBudget(method.max_train_seconds))
+    if method.max_train_seconds is not None or method.save_seconds is not None:
+        trainer.add_callback(TimeBudget(method.max_train_seconds, method.save_seconds))
     return trainer
 
 

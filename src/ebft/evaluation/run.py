@@ -1,7 +1,8 @@
 """`evaluate`: several models on the same documents, problems and segments, with one feature network and one seed."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -13,7 +14,30 @@ from .suites import CodeSuite, DocumentSuite, Session, Suite, TaskSuite, Transla
 from .summary import Row, summarise
 
 
+class Evaluation(NamedTuple):
+    """What was found.
+
+    Attributes:
+        rows: Of model, measure, length, mean, low, high, units.
+        means: Model -> measure -> a sum and a count of each document, prompt or problem.
+        axes: Of each measure that is a curve, what its numbers belong to.
+    """
+
+    rows: list[Row]
+    means: dict[str, dict[str, DocumentMean]]
+    axes: dict[str, Sequence[int]]
+
+
 def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[Row]:
+    """Measure everything that `config` asks for, and write, show and plot it; see `evaluation_of`.
+
+    Returns:
+        Rows of model, measure, length, mean, low, high, units; also in `output_dir/results.json` and `.csv`.
+    """
+    return evaluation_of(config, console).rows
+
+
+def evaluation_of(config: EvaluationConfig, console: Console | None = None) -> Evaluation:
     """Measure everything that `config` asks for, and write, show and plot it.
 
     An interrupted call goes on where it stopped: what is measured of a document, problem, segment or task is kept in
@@ -22,9 +46,6 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[R
     Args:
         config: What of which models.
         console: Where tables and progress go; the terminal if None.
-
-    Returns:
-        Rows of model, measure, length, mean, low, high, units; also in `output_dir/results.json` and `.csv`.
 
     Raises:
         ValueError: A model, dataset, benchmark or setting cannot be used; before anything is generated.
@@ -48,10 +69,11 @@ def evaluate(config: EvaluationConfig, console: Console | None = None) -> list[R
     for turn in turns:
         measured[turn.name] = {name: mean for suite in suites for name, mean in suite.measure(turn).items()}
         turn.release()
-    rows = summarise(measured, {name: axis for suite in suites for name, axis in suite.axes.items()})
+    axes = {name: axis for suite in suites for name, axis in suite.axes.items()}
+    rows = summarise(measured, axes)
     rows += [row for suite in suites for row in suite.rows()]
     _report(session, rows, about)
-    return rows
+    return Evaluation(rows, measured, axes)
 
 
 def _suites(session: Session) -> list[Suite]:

@@ -1,0 +1,95 @@
+"""Trains and measures one cell, in a process of its own: `python -m ebft.compare.cell_process FOLDER VALIDATION.yaml`.
+
+Whatever goes wrong stays in this process and its log.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from .cells import LOCK, LOG, STATUS, TRAIN, Cell
+
+BUSY = 75  # exit status where another process has the cell (EX_TEMPFAIL)
+# Of a checkpoint, what only a resume needs: no longer wanted when the cell is done.
+ONLY_FOR_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "training_args.bin")
+
+
+def main() -> int:
+    """Run the cell that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m ebft.compare.cell_process", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("validation", type=Path)
+    words = parser.parse_args()
+    try:
+        with FileLock(words.folder / LOCK, timeout=0):
+            return run(read(words.folder), words.validation)
+    except Timeout:
+        return BUSY
+
+
+def read(folder: Path) -> Cell:
+    """A cell from its folder, to which its status and options were written."""
+    status = yaml.safe_load((folder / STATUS).read_text(encoding="utf-8"))
+    options = yaml.safe_load((folder / TRAIN).read_text(encoding="utf-8"))
+    return Cell(status["method"], status["setting"], status["seed"], options, folder, status["data"])
+
+
+def run(cell: Cell, validation: Path) -> int:
+    """Train, unless that is done, and measure the checkpoints; all output goes to the cell's log."""
+    with open(cell.folder / LOG, "a", buffering=1, encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        cell.set_status("running")
+        train(cell)
+        measure(cell, validation)
+        slim(cell)
+        cell.set_status("done")
+    return 0
+
+
+def train(cell: Cell) -> None:
+    """What `ebft train --config train.yaml` does, from the last checkpoint if there is one."""
+    from ebft.cli.train import run as train_command
+
+    if cell.is_trained():
+        return
+    resume = ["--resume_from_checkpoint", "last"] if cell.checkpoints() else []
+    if not resume:
+        forget(cell.folder)
+    train_command(["--config", str(cell.folder / TRAIN), *resume])
+
+
+def forget(folder: Path) -> None:
+    """Remove what a run left that did not come as far as its first checkpoint."""
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "rollouts").glob("step_*.parquet"):
+        path.unlink()
+
+
+def measure(cell: Cell, validation: Path) -> None:
+    """What `ebft evaluate` does, of all checkpoints."""
+    from rich.console import Console
+
+    from ..evaluation import EvaluationConfig, evaluate
+
+    options = yaml.safe_load(validation.read_text(encoding="utf-8"))
+    models = [str(path) for path in cell.checkpoints()]
+    where = {"output_dir": str(cell.folder / "validation"), "plots": False}
+    evaluate(EvaluationConfig(model_name_or_path=models, **where, **options), Console(width=120))
+
+
+def slim(cell: Cell) -> None:
+    """Remove what only a resume needs."""
+    for path in cell.checkpoints():
+        for pattern in ONLY_FOR_RESUME:
+            for file in path.glob(pattern):
+                file.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

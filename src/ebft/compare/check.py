@@ -1,0 +1,52 @@
+"""Refuses, before anything is trained, options that `ebft train` or `ebft evaluate` would refuse later."""
+
+import difflib
+from dataclasses import fields
+from pathlib import Path
+
+from ..evaluation.config import EvaluationConfig
+from .cells import TRAIN, Cell
+from .config import CompareConfig, Options
+
+EVALUATES = ("model_name_or_path", "output_dir", "plots")  # what the comparison sets
+
+
+def check_options(config: CompareConfig, cells: list[Cell]) -> None:
+    """Check the options of every method and setting, and of every evaluation.
+
+    Raises:
+        ValueError: Names the method or evaluation, and what is wrong.
+    """
+    from ..cli.arguments import parse
+
+    data = {"validation": config.validation, "test": config.test}
+    data |= {f"more_tests.{name}": options for name, options in config.more_tests.items()}
+    for label, options in data.items():
+        evaluation_config(options, config.model_name_or_path, Path(config.output_dir) / "base", label)
+    if config.test == config.validation:
+        raise ValueError("test: the same data as validation, on which settings are chosen; hold out others.")
+    for cell in cells:
+        if cell.seed == config.seeds[0]:
+            try:
+                parse(["--config", str(cell.folder / TRAIN)])
+            except ValueError as error:
+                text = str(error).removeprefix(f"{cell.folder / TRAIN}:")
+                raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
+
+
+def evaluation_config(options: Options, model: str, folder: Path, label: str) -> EvaluationConfig:
+    """The settings of `ebft evaluate` for one model.
+
+    Raises:
+        ValueError: An option is unknown or has a wrong value; names the label.
+    """
+    known = [spec.name for spec in fields(EvaluationConfig) if spec.name not in EVALUATES]
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {nearest[0]}?" if nearest else "see `ebft evaluate --help-all`"
+            raise ValueError(f"{label}.{name}: no option of ebft evaluate that can be set here; {remedy}")
+    try:
+        return EvaluationConfig(model_name_or_path=[model], output_dir=str(folder), plots=False, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{label}: {error}") from error

@@ -1,0 +1,168 @@
+"""`compare`: run all cells, choose settings on validation data, report them on test data."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..artifacts import step_of
+from ..evaluation.report import show
+from ..evaluation.run import Evaluation, evaluation_of
+from . import tables
+from .cells import Cell, cells_of, seconds_by_step
+from .check import check_options, evaluation_config
+from .config import CompareConfig, Options
+from .workers import Workers
+
+RESULTS, SUMMARY, PAIRED, CHOSEN = "results", "summary", "paired", "chosen.yaml"
+
+
+def compare(config: CompareConfig, console: Console | None = None) -> list[tables.Row]:
+    """Train and measure all methods, settings and seeds, and write and show the tables.
+
+    A stopped or failed call goes on where it stopped, cell by cell; failed cells are tried again.
+
+    Args:
+        config: What to compare.
+        console: Where tables and progress go; the terminal if None.
+
+    Returns:
+        Means over seeds on the test data, with 95 % intervals; also in `output_dir/summary.csv`.
+
+    Raises:
+        ValueError: A setting cannot be used, before anything is trained; or the folder is another comparison's.
+        RuntimeError: Some cells failed; the tables are of the others.
+    """
+    console, folder = console or Console(), Path(config.output_dir)
+    cells = cells_of(config)
+    validation = _write(config, cells, folder)
+    check_options(config, cells)
+    done = sum(cell.status()["status"] == "done" for cell in cells)
+    console.print(f"{len(cells)} runs, {done} of them done: {_counts(config)}", highlight=False)
+    _run_cells(config, cells, validation, console)
+    with FileLock(folder / "report.lock"):  # another command's may be at work on it
+        summary = _report(config, cells, folder, console)
+    failed = [cell for cell in cells if cell.status()["status"] == "failed"]
+    if failed:
+        texts = "; ".join(f"{cell.folder.name}: {cell.status().get('error')}" for cell in failed[:3])
+        raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed ({texts}); the same command tries them again.")
+    return summary
+
+
+def _counts(config: CompareConfig) -> str:
+    points = {len(config.settings_of(name)) for name in config.methods}
+    budget = f"{config.documents} documents" if config.documents else f"{config.train_seconds:g} s of training"
+    return f"{len(config.methods)} methods x {points.pop()} settings x {len(config.seeds)} seeds, each with {budget}"
+
+
+def _write(config: CompareConfig, cells: list[Cell], folder: Path) -> Path:
+    """Write what is asked for, and what each cell is; the file with the options of the validation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        cell.write()
+        if cell.status()["status"] == "new":
+            cell.set_status("new")
+    about = {name: value for name, value in asdict(config).items() if value is not None}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
+    path = folder / "validation.yaml"
+    path.write_text(yaml.safe_dump(_measured(config, config.validation), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _measured(config: CompareConfig, options: Options) -> Options:
+    """Options of an evaluation, with the one feature network of all: what the methods start from."""
+    documents = "dataset_name" in options
+    if documents and "feature_matching" in options.get("metrics", ["feature_matching"]):
+        return {"feature_model_name_or_path": config.model_name_or_path, **options}
+    return options
+
+
+def _run_cells(config: CompareConfig, cells: list[Cell], validation: Path, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("runs", total=len(cells))
+
+        def changed(cell: Cell | None = None) -> None:
+            states = [other.status()["status"] for other in cells]
+            if cell is not None and cell.status()["status"] == "failed":
+                progress.console.print(f"failed: {cell.folder.name}: {cell.status()['error']}", highlight=False)
+            text = f"runs ({states.count('failed')} failed)" if "failed" in states else "runs"
+            progress.update(task, completed=states.count("done") + states.count("failed"), description=text)
+
+        changed()
+        Workers(cells, validation, changed).run(config.workers)
+
+
+def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Console) -> list[tables.Row]:
+    """Choose, measure on the test data, write and show."""
+    done = [cell for cell in cells if cell.status()["status"] == "done"]
+    if not done:
+        return []
+    rows = [row for cell in done for row in tables.validation_rows(cell)]
+    chosen = tables.choose(config, rows)
+    for row in rows:
+        row["selected"] = chosen[row["method"]] == (row["setting"], row["part"])
+    (folder / CHOSEN).write_text(yaml.safe_dump(_said(config, chosen), sort_keys=False), encoding="utf-8")
+    rows += tables.base_rows(_evaluate(config, config.validation, folder / "base" / "validation").rows, "validation")
+    pairs: list[tables.Row] = []
+    for split, options in {"test": config.test, **config.more_tests}.items():
+        found, means, axes = _test(config, split, options, done, chosen, folder)
+        rows += found
+        pairs += tables.paired(means, axes, split)
+    tables.save_table(rows, folder, RESULTS)
+    summary = [row for row in tables.over_seeds(rows) if row["split"] != "validation"]
+    tables.save_table(summary, folder, SUMMARY)
+    tables.save_table(pairs, folder, PAIRED)
+    _show(config, summary, pairs, chosen, console)
+    console.print(f"Written: {folder}/{RESULTS}.parquet, {SUMMARY}.csv, {PAIRED}.csv", highlight=False)
+    return summary
+
+
+def _said(config: CompareConfig, chosen: dict[str, tuple[str, int]]) -> Options:
+    by = config.select + (f", length {config.select_length}" if config.select_length else "")
+    return {
+        "chosen_by": f"{by}, on validation data, mean over seeds",
+        **{name: {"setting": setting, "part": part} for name, (setting, part) in chosen.items()},
+    }
+
+
+def _test(config: CompareConfig, split: str, options: Options, done: list[Cell], chosen, folder: Path):
+    """Tidy rows on test data of the base model and the chosen cells, with the numbers of each unit."""
+    found = _evaluate(config, options, folder / "base" / split)
+    rows, axes = tables.base_rows(found.rows, split), found.axes
+    means = {(tables.BASE, 0): next(iter(found.means.values()))}
+    for cell in done:
+        setting, part = chosen[cell.name]
+        if cell.setting != setting or len(cell.checkpoints()) < part:
+            continue
+        checkpoint = cell.checkpoints()[part - 1]
+        found = _evaluate(config, options, cell.folder / split, checkpoint)
+        about = tables.describe(cell, part, step_of(checkpoint), seconds_by_step(cell.folder))
+        rows += [about | {"split": split, "selected": True} | tables.numbers(row) for row in found.rows]
+        means[cell.name, cell.seed] = next(iter(found.means.values()))
+    return rows, means, axes
+
+
+def _evaluate(config: CompareConfig, options: Options, folder: Path, model: Path | None = None) -> Evaluation:
+    """What `ebft evaluate` finds of one model, told to a file."""
+    path = str(model or config.model_name_or_path)
+    settings = evaluation_config(_measured(config, options), path, folder, "test")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        return evaluation_of(settings, Console(file=log, width=120))
+
+
+def _show(config: CompareConfig, summary, pairs, chosen, console: Console) -> None:
+    names = [tables.BASE, *config.methods]
+    for name, (setting, part) in chosen.items():
+        console.print(f"{name}: {setting or 'the only setting'}, checkpoint {part}", highlight=False)
+    for split in dict.fromkeys(row["split"] for row in summary):
+        rows = [row for row in summary if row["split"] == split]
+        show(console, rows, names, f"{split}: means over seeds, 95 % t-intervals")
+        rows = [row | {"p_value": None} for row in pairs if row["split"] == split]
+        differences = [f"{b} - {a}" for i, a in enumerate(config.methods) for b in list(config.methods)[i + 1 :]]
+        if differences and rows:
+            show(console, rows, differences, f"{split}: paired differences, 95 % t-intervals over seeds")

@@ -1,0 +1,176 @@
+"""From the measurements of all cells to the choice of settings and to tables with intervals over seeds.
+
+A row of the tidy table is one number: method, setting, seed, split, part (1 .. checkpoints), step, documents,
+train_seconds, measure, length, mean, low, high (over documents or problems), units, selected.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from scipy import stats
+
+from ..artifacts import step_of
+from ..evaluation.intervals import DocumentMean
+from .cells import Cell, seconds_by_step
+from .config import CompareConfig
+
+Row = dict[str, Any]
+Means = Mapping[str, DocumentMean]  # measure -> sums and counts of units
+NUMBERS = ("measure", "length", "mean", "low", "high", "units")
+BASE = "base"  # the name of what all methods start from
+FLIPS = 9_999  # of signs, in a paired test
+
+
+def validation_rows(cell: Cell) -> list[Row]:
+    """The tidy rows of a cell's checkpoints on the validation data."""
+    path = cell.folder / "validation" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    seconds, rows = seconds_by_step(cell.folder), []
+    for part, checkpoint in enumerate(cell.checkpoints(), 1):
+        about = describe(cell, part, step_of(checkpoint), seconds) | {"split": "validation"}
+        rows += [about | numbers(row) for row in results["results"] if row["model"] == checkpoint.name]
+    return rows
+
+
+def describe(cell: Cell, part: int, step: int, seconds: Mapping[int, float]) -> Row:
+    """What is the same for all numbers of a checkpoint."""
+    sizes = (cell.options.get(name, 4) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    documents = step * int(np.prod([int(size) for size in sizes]))
+    about = {"method": cell.name, "setting": cell.setting, "seed": cell.seed, "part": part, "step": step}
+    return about | {"documents": documents, "train_seconds": seconds.get(step), "selected": False}
+
+
+def base_rows(rows: Iterable[Row], split: str) -> list[Row]:
+    """The tidy rows of the base model."""
+    about = {"method": BASE, "setting": "", "seed": 0, "part": 0, "step": 0, "documents": 0, "train_seconds": 0.0}
+    return [about | {"selected": True, "split": split} | numbers(row) for row in rows]
+
+
+def numbers(row: Row) -> Row:
+    """What a row of an evaluation says, without the model."""
+    return {name: row.get(name) for name in NUMBERS}
+
+
+def choose(config: CompareConfig, rows: Sequence[Row]) -> dict[str, tuple[str, int]]:
+    """The setting and part of each method that are best on the validation data, by the mean over seeds.
+
+    Raises:
+        ValueError: `select` was not measured there.
+    """
+    found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    last = {(row["method"], row["setting"], row["seed"]): row["part"] for row in rows}  # rows are in order of parts
+    for row in rows:
+        key = (row["method"], row["setting"], row["seed"])
+        wanted = (row["measure"], row["length"]) == (config.select, config.select_length)
+        if row["method"] != BASE and wanted and (config.checkpoint == "best" or row["part"] == last[key]):
+            found[row["method"], row["setting"], row["part"]].append(row["mean"])
+    if not found:
+        names = sorted({f"{row['measure']}" + (f" (length {row['length']})" if row["length"] else "") for row in rows})
+        raise ValueError(
+            f"select={config.select!r}, select_length={config.select_length}: not measured on the validation data, "
+            f"which has {', '.join(names)}."
+        )
+    sign = 1 if config.lower_is_better() else -1
+    chosen = {}
+    for name in dict.fromkeys(method for method, _, _ in found):
+        points = {key[1:]: values for key, values in found.items() if key[0] == name}
+        most = max(map(len, points.values()))  # a setting that lost seeds is not comparable
+        whole = {point: np.mean(values) for point, values in points.items() if len(values) == most}
+        chosen[name] = min(whole, key=lambda point: (sign * whole[point], point))
+    return chosen
+
+
+def over_seeds(rows: Iterable[Row]) -> list[Row]:
+    """Mean and 95 % t-interval over seeds of each method's chosen setting; `units` is the number of seeds."""
+    found: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["selected"] and row["mean"] is not None:
+            found[row["split"], row["method"], row["measure"], row["length"]].append(row)
+    out = []
+    for (split, method, measure, length), members in found.items():
+        about = {"split": split, "model": method, "setting": members[0]["setting"], "measure": measure}
+        about |= {name: float(np.mean([row[name] for row in members])) for name in ("documents", "train_seconds")}
+        out.append(about | {"length": length, **t_interval([row["mean"] for row in members])})
+    return out
+
+
+def t_interval(values: Sequence[float]) -> Row:
+    """Mean and 95 % interval of a normal mean with unknown variance; no interval of a single value."""
+    mean, low, high = float(np.mean(values)), None, None
+    if len(values) > 1:
+        half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+        low, high = float(mean - half), float(mean + half)
+    return {"mean": mean, "low": low, "high": high, "units": len(values)}
+
+
+def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[Any]], split: str) -> list[Row]:
+    """Differences of every pair of methods on the same test documents or problems.
+
+    Args:
+        means: (method, seed) -> measure -> sums and counts of units; the base model has seed 0 alone.
+        axes: Measure -> lengths, of those that are curves.
+        split: Of the data.
+
+    Returns:
+        Rows with the mean difference; its t-interval over seeds, paired by seed; and the p-value of a sign-flip test
+        over units, each one's difference averaged over seeds: of models as they are, not of another training.
+    """
+    rows = []
+    methods = list(dict.fromkeys(method for method, _ in means))
+    for one, other in combinations(methods, 2):
+        pairs = [(means[m, s], means.get((one, s), means.get((one, 0)))) for m, s in means if m == other]
+        pairs = [(new, old) for new, old in pairs if old is not None]
+        for measure in pairs[0][0] if pairs else ():
+            differences = [unit_differences(new, old, measure) for new, old in pairs]
+            if any(found is None for found in differences):
+                continue
+            stacked = np.stack([found for found in differences if found is not None])  # seeds, units, lengths
+            for index, length in enumerate(axes.get(measure, (None,))):
+                about = {"split": split, "model": f"{other} - {one}", "measure": measure, "length": length}
+                about |= t_interval(np.nanmean(stacked[:, :, index], axis=1).tolist())
+                rows.append(about | {"p_value": sign_flip(stacked[:, :, index].mean(0))})
+    return rows
+
+
+def unit_differences(new: Means, old: Means, measure: str) -> np.ndarray | None:
+    """Differences of each unit's value [units, lengths] that both have; None where their units are not the same."""
+    if measure not in old or not np.array_equal(new[measure].counts > 0, old[measure].counts > 0):
+        return None
+    values = []
+    for found in (new[measure], old[measure]):
+        counts = found.counts.numpy()
+        sums = found.sums.reshape(len(counts), -1).numpy()[counts > 0]
+        values.append(sums / counts[counts > 0, None])
+    return values[0] - values[1]
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Two-sided p-value that the mean of paired differences is 0, by flipping their signs at random."""
+    if not differences.any():
+        return 1.0
+    found = stats.permutation_test(
+        (differences,),
+        lambda x, axis: x.mean(axis),
+        permutation_type="samples",
+        n_resamples=FLIPS,
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.pvalue)
+
+
+def save_table(rows: Sequence[Row], folder: Path, name: str) -> None:
+    """Write rows as NAME.parquet and NAME.csv, each whole or not at all."""
+    table = pa.Table.from_pylist(list(rows))
+    for suffix, write in ((".parquet", pyarrow.parquet.write_table), (".csv", pyarrow.csv.write_csv)):
+        unfinished = folder / f"{name}{suffix}.unfinished"
+        write(table, unfinished)
+        unfinished.replace(folder / f"{name}{suffix}")

@@ -14,7 +14,7 @@ import torch
 from ebft.cli import main
 from ebft.data import load_documents, tokenize_documents
 from ebft.evaluation import DocumentSettings, document_means
-from ebft.evaluation.report import label
+from ebft.evaluation.report import label, save
 from sandboxes import works
 from stand_ins import comet_stand_in, harness_or_stand_in, own_task
 from tiny import byte_bpe_tokenizer
@@ -40,6 +40,11 @@ def workplace(tmp_path_factory):
     write(folder / "mixed.jsonl", [{"text": "one two three"}, {"txt": "four"}])
     write(folder / "ids.jsonl", [{"input_ids": [99999, 1, 2]}])
     shutil.copytree(folder / "sft", folder / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "sft", folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    broken = tiny_model(vocab_size=len(tokenizer), dtype=torch.float32)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    broken.save_pretrained(folder / "broken")
+    tokenizer.save_pretrained(folder / "broken")
     write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
     return folder
 
@@ -69,6 +74,7 @@ def run(workplace, tmp_path, monkeypatch, capsys):
 
 DOCUMENTS = ("--dataset_name", "qa.jsonl", "--context_length", "3", "--lengths", "1", "2", "4", "--batch_size", "2")
 TEXT_ALONE = ("--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
+SHORT = ("--translation_direction", "de-en", "--max_new_tokens", "4")
 
 
 def test_documents_of_two_models(run, tmp_path, workplace):
@@ -313,6 +319,7 @@ def test_a_benchmark_called_translation(run, workplace, tmp_path):
             "long.jsonl, line 2: its prompt of",
         ),
         (("--model_name_or_path", "sft", "hollow", "--dataset_name", "qa.jsonl"), "hollow holds no weights"),
+        (("--model_name_or_path", "sft", "mute", "--dataset_name", "qa.jsonl"), "model_name_or_path: mute has no tok"),
     ],
 )
 def test_what_it_refuses(run, tmp_path, words, message):
@@ -320,6 +327,21 @@ def test_what_it_refuses(run, tmp_path, words, message):
     assert status == 2
     assert message in printed.err, printed.err
     assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
+
+
+@pytest.mark.parametrize("data", [DOCUMENTS, ("--translation", "pairs.jsonl", *SHORT)])
+def test_a_model_with_weights_that_are_no_numbers(run, tmp_path, data):
+    """Its rollouts are tokens like any other's, and would have a finite feature-matching loss."""
+    status, printed = run("--model_name_or_path", "broken", *data)
+    assert status == 2 and "broken: the weight model.layers.1.mlp.up_proj.weight holds NaN" in printed.err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_results_are_json_whatever_a_task_says(tmp_path):
+    row = dict(model="a", measure="task/perplexity", length=None, mean=float("inf"), low=None, high=None)
+    save(tmp_path, [row], {})
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["results"][0]["mean"] is None
 
 
 def test_names_of_languages(run):

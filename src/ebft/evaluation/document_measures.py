@@ -102,6 +102,9 @@ def measure_documents(
 
     Yields:
         One record per group of a batch.
+
+    Raises:
+        ValueError: What the model says of a document is not finite.
     """
     device = next(model.parameters()).device
     if network is not None:
@@ -156,6 +159,7 @@ def _measure_batch(
             assert network is not None, "loaded whenever its measure is asked for"
             found, first = feature_matching_sums(network, input_ids, rollouts.tokens, layout, settings.lengths)
             sums |= found
+    _check_finite(sums, causal_lm(model).config.name_or_path)
     records: list[Record] = [
         {name: [value[row].double().cpu(), count[row].double().item()] for name, (value, count) in sums.items()}
         for row in range(len(input_ids))
@@ -164,6 +168,15 @@ def _measure_batch(
         for row in behind_prompt(batch, layout).nonzero().flatten().tolist():
             records[row]["behind_prompt"] = tuple(x[row] for x in first)
     return records
+
+
+def _check_finite(sums: Sums, name: str) -> None:
+    for measure, (value, _) in sums.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{name or 'model'}: {measure} of a document is NaN or infinite: take another checkpoint, or try "
+                "dtype float32 and a temperature nearer to 1."
+            )
 
 
 def contexts_of(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """Write results.json (everything) and results.csv (the numbers, a line each)."""
-    text = json.dumps({**about, "results": list(rows)}, indent=1)
+    """Write results.json (everything; null where a task's score is infinite or NaN) and results.csv (the numbers)."""
+    numbers = [{k: v if not isinstance(v, float) or isfinite(v) else None for k, v in row.items()} for row in rows]
+    text = json.dumps({**about, "results": numbers}, indent=1, allow_nan=False)
     unfinished = folder / f"{RESULTS}.unfinished"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(folder / RESULTS)  # never half of it

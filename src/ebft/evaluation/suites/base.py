@@ -57,9 +57,17 @@ class Session:
             )
 
     def load(self, path: str) -> Any:
-        """A model, ready to be measured."""
+        """A model, ready to be measured.
+
+        Raises:
+            ValueError: A weight is not finite: rollouts of such a model would have numbers like any other's.
+        """
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
-        return model.to(self.device).eval()
+        model = model.to(self.device).eval()
+        for name, weight in model.named_parameters():
+            if weight.dtype == self.dtype and not torch.stack(weight.aminmax()).isfinite().all():
+                raise ValueError(f"{path}: the weight {name} holds NaN or infinite numbers: take another checkpoint.")
+        return model
 
     def turns(self) -> Iterator["Turn"]:
         """The models, one after the other."""

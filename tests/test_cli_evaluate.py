@@ -111,6 +111,18 @@ def test_documents_of_two_models(run, tmp_path, workplace):
     assert "Paired differences" in printed.out
 
 
+def test_documents_of_one_prompt_are_resampled_together(run, workplace, tmp_path):
+    """Also where the end of the prompt and the answer are one token, and the tokens before it differ."""
+    rows = [{"prompt": "the quick brown fo", "completion": text} for text in ("x jumps over the dog", "es jump over")]
+    write(workplace / "merged.jsonl", [*rows, {"prompt": "the lazy", "completion": " dog sleeps"}])
+    with pytest.warns(UserWarning, match="1 document.* whose tokenised prompt does not begin"):
+        status, printed = run("--dataset_name", "merged.jsonl", *DOCUMENTS[2:], "--plots", "false")
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {row["units"] for row in results if row["measure"] == "cross_entropy/answer"} == {2}
+    assert not [row for row in results if "floor" in row["measure"]], "the two references start at other places"
+
+
 def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path):
     assert run(*DOCUMENTS)[0] == 0
     whole = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
@@ -169,6 +181,15 @@ def test_another_batch_size_goes_on(run, tmp_path):
             assert (status == 0) == allowed, printed.err
             assert allowed or "batch_size 64 -> 1" in printed.err
             (tmp_path / output / "results.json").unlink(missing_ok=True)  # then the records decide
+
+
+def test_other_references_are_not_mixed(run, workplace, tmp_path):
+    write(workplace / "own.jsonl", [{"source": "Hund", "target": "dog", "direction": "de-en"}])
+    words = ("--translation", "own.jsonl", "--max_new_tokens", "2", "--plots", "false")
+    assert run(*words)[0] == 0
+    write(workplace / "own.jsonl", [{"source": "Hund", "target": "hound", "direction": "de-en"}])
+    status, printed = run(*words)
+    assert status == 2 and "other settings (the documents, problems or segments)" in printed.err
 
 
 def test_a_damaged_record_is_named_and_nothing_is_lost(run, tmp_path):

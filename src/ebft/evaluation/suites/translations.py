@@ -66,7 +66,8 @@ class TranslationSuite(Suite):
 
     def _file(self, turn: Turn, kind: str, settings: GenerationSettings) -> RecordFile:
         about = generation_identity(settings, self.config.generation_engine)
-        return turn.records(f"translation-{kind}", about, self.prompts)
+        references = [segment.references for segment in self.segments]
+        return turn.records(f"translation-{kind}", about, [self.prompts, references])
 
     def _translate(self, turn: Turn, kind: str, settings: GenerationSettings) -> list[list[str]]:
         """So many translations of each segment, as `settings` say."""

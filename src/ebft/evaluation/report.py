@@ -2,40 +2,46 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .records import check_same
+from .records import RECORDS, check_same
 from .settings import BY_POSITION
 from .summary import Row
 
-RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
+RESULTS, NUMBERS, PLOTS, LOCK = "results.json", "results.csv", "plots", ".evaluation.lock"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
 # How the measures of documents begin.
 IN_WORDS = ("cross_entropy", "perplexity", "feature_matching", "entropy", "duplicate_rate", "distinct", "self_bleu")
+ADDED = (
+    f"choose another folder, or delete it. To add a model, a benchmark or a k, delete {RESULTS} alone: the records "
+    "stay, and only what is new is measured."
+)
 NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "device", "vllm_gpu_memory_utilization")
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder; refuse one that holds the results of another evaluation: they would be overwritten.
+    """Refuse a folder that holds the results of another evaluation: they would be overwritten.
 
     Raises:
-        ValueError: It cannot be made, or names the settings that differ.
+        ValueError: Something else has the name of what is written, or names the settings that differ.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir='{folder}' cannot be made ({error.strerror}): name a folder where you may write."
-        ) from error
+    for name, there in (
+        *((name, (folder / name).is_dir()) for name in (RESULTS, NUMBERS)),
+        *((name, (folder / name).is_file()) for name in (RECORDS, PLOTS)),
+    ):
+        if there:
+            raise ValueError(f"output_dir: {folder / name} is in the way of what is written: rename or delete it.")
     if (folder / RESULTS).exists():
         try:
             before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
@@ -47,7 +53,33 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
         now = json.loads(json.dumps(config))
         ignored = _without_effect(now)
         old, new = ({k: v for k, v in x.items() if k not in ignored} for x in (before, now))
-        check_same(old, new, folder)
+        check_same(old, new, folder, ADDED)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it for this call: two would both measure what is missing and write it twice.
+
+    Raises:
+        ValueError: It cannot be made or written to, or another call has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()  # a lock that cannot be written looks taken to filelock
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir='{folder}': another `ebft evaluate` is at work there: wait for it, or choose another folder."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"output_dir='{folder}' cannot be made or written to ({error.strerror}): name one where you may write."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:

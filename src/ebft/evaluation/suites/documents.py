@@ -79,7 +79,8 @@ class DocumentSuite(Suite):
             return {}
         config = self.session.config
         model = self.session.load(config.feature_model_name_or_path or config.model_name_or_path[0])
-        self.network = FeatureNetwork(model, config.feature_layers, norm=config.feature_norm)
+        layers: Any = config.feature_layers  # numbers by now
+        self.network = FeatureNetwork(model, layers, norm=config.feature_norm)
         self.described = loading.describe_feature_network(self.network)
         self.network.model.to("cpu")  # until it is needed: another suite may want the memory
         return {"feature_network": self.described}

@@ -177,7 +177,7 @@ def _measure_batch(
     return records
 
 
-def _check_finite(sums: Sums, name: str) -> None:
+def _check_finite(sums: Sums, name: str | None) -> None:
     for measure, (value, _) in sums.items():
         if not value.isfinite().all():
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from ebft.cli import main
 from ebft.data import load_documents, tokenize_documents
 from ebft.evaluation import DocumentSettings, document_means
-from ebft.evaluation.report import label
+from ebft.evaluation.report import label, locked, save
 from sandboxes import works
 from stand_ins import comet_stand_in, harness_or_stand_in, own_task
 from tiny import byte_bpe_tokenizer
@@ -37,9 +37,18 @@ def workplace(tmp_path_factory):
     write(folder / "problems.jsonl", [{"id": "add", "prompt": "def add(a, b):\n", "tests": "assert add(1, 2) == 3"}])
     write(folder / "swiss.jsonl", [{"source": "Grueezi", "target": "hello", "direction": "gsw-en"}])
     write(folder / "long.jsonl", [{"translation": {"de": n * "x", "en": "y"}} for n in (1, 999)])
+    write(folder / "columns.jsonl", [{"de": "Hund", "en": "dog"}])
+    (folder / "pairs.txt").write_text("Hund dog")
+    (folder / "three.tsv").write_text("Hund\tdog\t0.9\n")
+    write(folder / "lists.jsonl", [["Hund"], {"source": "Hund", "target": "dog"}])
     write(folder / "mixed.jsonl", [{"text": "one two three"}, {"txt": "four"}])
     write(folder / "ids.jsonl", [{"input_ids": [99999, 1, 2]}])
     shutil.copytree(folder / "sft", folder / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "sft", folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    broken = tiny_model(vocab_size=len(tokenizer), dtype=torch.float32)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    broken.save_pretrained(folder / "broken")
+    tokenizer.save_pretrained(folder / "broken")
     write(folder / "pairs.jsonl", [{"translation": {"de": "der Hund", "en": "the dog"}} for _ in range(3)])
     return folder
 
@@ -69,6 +78,8 @@ def run(workplace, tmp_path, monkeypatch, capsys):
 
 DOCUMENTS = ("--dataset_name", "qa.jsonl", "--context_length", "3", "--lengths", "1", "2", "4", "--batch_size", "2")
 TEXT_ALONE = ("--dataset_name", "qa.jsonl", "--metrics", "cross_entropy")
+CODE = ("--code_benchmark", "problems.jsonl")
+SHORT = ("--translation_direction", "de-en", "--max_new_tokens", "4")
 
 
 def test_documents_of_two_models(run, tmp_path, workplace):
@@ -103,6 +114,18 @@ def test_documents_of_two_models(run, tmp_path, workplace):
         assert (tmp_path / "out" / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / "out" / "plots" / f"{name}.svg").read_bytes()
     assert "Paired differences" in printed.out
+
+
+def test_documents_of_one_prompt_are_resampled_together(run, workplace, tmp_path):
+    """Also where the end of the prompt and the answer are one token, and the tokens before it differ."""
+    rows = [{"prompt": "the quick brown fo", "completion": text} for text in ("x jumps over the dog", "es jump over")]
+    write(workplace / "merged.jsonl", [*rows, {"prompt": "the lazy", "completion": " dog sleeps"}])
+    with pytest.warns(UserWarning, match="1 document.* whose tokenised prompt does not begin"):
+        status, printed = run("--dataset_name", "merged.jsonl", *DOCUMENTS[2:], "--plots", "false")
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {row["units"] for row in results if row["measure"] == "cross_entropy/answer"} == {2}
+    assert not [row for row in results if "floor" in row["measure"]], "the two references start at other places"
 
 
 def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path):
@@ -165,17 +188,63 @@ def test_another_batch_size_goes_on(run, tmp_path):
             (tmp_path / output / "results.json").unlink(missing_ok=True)  # then the records decide
 
 
+def test_other_references_are_not_mixed(run, workplace, tmp_path):
+    write(workplace / "own.jsonl", [{"source": "Hund", "target": "dog", "direction": "de-en"}])
+    words = ("--translation", "own.jsonl", "--max_new_tokens", "2", "--plots", "false")
+    assert run(*words)[0] == 0
+    write(workplace / "own.jsonl", [{"source": "Hund", "target": "hound", "direction": "de-en"}])
+    status, printed = run(*words)
+    assert status == 2 and "other settings (the documents, problems or segments)" in printed.err
+
+
 def test_a_damaged_record_is_named_and_nothing_is_lost(run, tmp_path):
     assert run(*TEXT_ALONE)[0] == 0
     records = tmp_path / "out" / "records" / "ebft-documents.jsonl"
     first, *rest = whole = records.read_text().splitlines(keepends=True)
-    for lines, place in (([first, "{oops\n", *rest], "line 2"), ([first, "{}\n"], "line 2"), (["3\n"], "line 1")):
+    for lines, place in (
+        ([first, "{oops\n", *rest], "line 2"),
+        ([first, "{}\n"], "line 2"),
+        ([first, '{"id": 0, "verdicts": []}\n'], "line 2"),
+        (["3\n"], "line 1"),
+    ):
         records.write_text("".join(lines))
         status, printed = run(*TEXT_ALONE)
         assert status == 2 and f"ebft-documents.jsonl, {place}: no record of an evaluation: delete th" in printed.err
         assert records.read_text() == "".join(lines)
     records.write_text("".join(whole))
     assert run(*TEXT_ALONE)[0] == 0
+
+
+def test_what_is_in_the_way_is_told_before_any_work(run, tmp_path):
+    for name, folder in (("results.json", True), ("results.csv", True), ("records", False), ("plots", False)):
+        place = tmp_path / f"with_{name}" / name
+        place.parent.mkdir()
+        place.mkdir() if folder else place.write_text("")
+        status, printed = run(*TEXT_ALONE, output=place.parent.name)
+        assert status == 2 and f"output_dir: {place} is in the way" in printed.err, printed.err
+
+
+def test_one_call_at_a_time_in_a_folder(run, tmp_path):
+    """The same command twice would measure, and keep, everything twice."""
+    with locked(tmp_path / "out"):
+        status, printed = run(*TEXT_ALONE)
+        assert status == 2 and "another `ebft evaluate` is at work there" in printed.err
+    assert run(*TEXT_ALONE)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*paired difference")
+def test_a_model_is_added_to_a_finished_folder(run, tmp_path):
+    """Without results.json, and then only the new one is measured."""
+    assert run("--model_name_or_path", "sft", *TEXT_ALONE)[0] == 0
+    status, printed = run(*TEXT_ALONE)
+    assert status == 2 and "delete results.json alone: the records stay" in printed.err
+    (tmp_path / "out" / "results.json").unlink()
+    mark = {"cross_entropy/all": [5000.0, 1.0]}
+    edit(tmp_path / "out" / "records" / "sft-documents.jsonl", **mark)
+    assert run(*TEXT_ALONE)[0] == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    numbers = {row["model"]: row["mean"] for row in results if row["measure"] == "cross_entropy/all"}
+    assert numbers["sft"] == 5000 and numbers["ebft"] < 100
 
 
 def test_half_written_results_are_named(run, tmp_path):
@@ -305,6 +374,7 @@ def test_a_benchmark_called_translation(run, workplace, tmp_path):
         (("--dataset_name", "mixed.jsonl"), "mixed.jsonl, line 2 has the columns []"),
         (("--dataset_name", "ids.jsonl"), "dataset_name='ids.jsonl', row 0: `input_ids` has 99999"),
         (("--output_dir", "/proc/results", "--dataset_name", "qa.jsonl"), "output_dir='/proc/results' cannot be made"),
+        (("--output_dir", "/proc", "--dataset_name", "qa.jsonl"), "output_dir='/proc' cannot be made or written to"),
         (("--dataset_name", "qa.jsonl", "--max_length", "0"), "max_length=0 must be at least 1"),
         (("--translation", "swiss.jsonl"), "swiss.jsonl, line 1: direction='gsw-en': no name of the language 'gsw'"),
         (("--translation", "swiss.jsonl", "--language_names", "gsw"), "'gsw' is not CODE=NAME"),
@@ -313,6 +383,39 @@ def test_a_benchmark_called_translation(run, workplace, tmp_path):
             "long.jsonl, line 2: its prompt of",
         ),
         (("--model_name_or_path", "sft", "hollow", "--dataset_name", "qa.jsonl"), "hollow holds no weights"),
+        ((*CODE, "--num_samples", "2", "--code_temperature", "nan"), "code_temperature=nan must be above 0"),
+        ((*CODE, "--num_samples", "2", "--code_temperature", "inf"), "code_temperature=inf must be above 0"),
+        ((*CODE, "--num_samples", "0"), "num_samples=0 must be at least 1"),
+        ((*CODE, "--generation_batch_size", "0"), "generation_batch_size=0 must be at least 1"),
+        ((*CODE, "--time_limit", "0"), "time_limit=0.0 must be above 0"),
+        ((*CODE, "--time_limit", "nan"), "time_limit=nan must be above 0"),
+        ((*CODE, "--code_benchmark_config", "x"), "code_benchmark_config='x' does nothing: code_benchmark=['prob"),
+        (("--dataset_name", "qa.jsonl", "--temperature", "nan"), "temperature=nan must be above 0"),
+        (("--dataset_name", "qa.jsonl", "--temperature", "inf"), "temperature=inf must be above 0"),
+        (("--dataset_name", "qa.jsonl", "--seed", str(2**64)), f"seed={2**64} must be"),
+        (("--dataset_name", "qa.jsonl", "--feature_layers", "nan"), "feature_layers=[nan]: nan is out of range"),
+        (("--dataset_name", "qa.jsonl", "--feature_layers", "half"), "feature_layers: 'half' is not a number"),
+        (("--dataset_name", "qa.jsonl", "--feature_layers", "9"), "feature_layers=[9]: 9 is out of range"),
+        (("--dataset_name", "qa.jsonl", "--feature_layers", "0.5", "0.5"), "feature_layers=[0.5, 0.5]: one is there"),
+        (("--dataset_name", "qa.jsonl", "--dataset_test_split", "x"), "dataset_test_split='x' does nothing"),
+        (("--translation", "pairs.jsonl", "--translation_split", "x"), "translation_split='x' does nothing"),
+        (
+            ("--translation", "swiss.jsonl", "--language_names", "gsw=a", "fy=b"),
+            "no segment is in 'fy', only in ['en'",
+        ),
+        (
+            ("--translation", "pairs.jsonl", "--translation_template", "{source!z}"),
+            "translation_template='{source!z}'",
+        ),
+        (("--translation", "columns.jsonl"), "which of ['de', 'en'] is the source? Say it with --translation_direct"),
+        (("--translation", "pairs.txt"), "translation='pairs.txt' is no .tsv, .jsonl"),
+        (("--translation", "three.tsv"), "3 column(s) where source and target are expected: keep these"),
+        (("--translation", "lists.jsonl"), "line 1 begins a list"),
+        (
+            ("--dataset_name", "qa.jsonl", "--feature_model_name_or_path", "hollow"),
+            "feature_model_name_or_path: hollow holds no weights",
+        ),
+        (("--model_name_or_path", "sft", "mute", "--dataset_name", "qa.jsonl"), "model_name_or_path: mute has no tok"),
     ],
 )
 def test_what_it_refuses(run, tmp_path, words, message):
@@ -322,6 +425,28 @@ def test_what_it_refuses(run, tmp_path, words, message):
     assert not (tmp_path / "out" / "records").exists(), "found before anything is measured"
 
 
+@pytest.mark.parametrize("data", [DOCUMENTS, ("--translation", "pairs.jsonl", *SHORT)])
+def test_a_model_with_weights_that_are_no_numbers(run, tmp_path, data):
+    """Its rollouts are tokens like any other's, and would have a finite feature-matching loss."""
+    status, printed = run("--model_name_or_path", "broken", *data)
+    assert status == 2 and "broken: the weight model.layers.1.mlp.up_proj.weight holds NaN" in printed.err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_results_are_json_whatever_a_task_says(tmp_path):
+    row = dict(model="a", measure="task/perplexity", length=None, mean=float("inf"), low=None, high=None)
+    save(tmp_path, [row], {})
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["results"][0]["mean"] is None
+
+
+@pytest.mark.parametrize(("layers", "read"), [(("2",), "2"), (("1", "1.0"), "1,4"), (("0.5", "3"), "2,3")])
+def test_layers_are_indices_or_fractions(run, tmp_path, layers, read):
+    words = ("--metrics", "feature_matching", "--plots", "false", "--feature_layers", *layers)
+    assert run(*DOCUMENTS, *words)[0] == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["feature_network"]["layers"] == read
+
+
 def test_names_of_languages(run):
     words = (
         "--translation",
@@ -329,8 +454,7 @@ def test_names_of_languages(run):
         "--max_new_tokens",
         "2",
         "--language_names",
-        "gsw=Swiss German",
-        "fy=Frisian",
+        " gsw = Swiss German ",
     )
     status, printed = run(*words)
     assert status == 0, printed.err

@@ -182,7 +182,8 @@ def test_mbpp_split_is_chosen_by_task_id(tmp_path):
     def ids(**options):
         return [int(problem.id) for problem in load(tmp_path, *rows, **options)]
 
-    assert ids() == [11, 510]
+    told: list[str] = []
+    assert ids(tell=told.append) == [11, 510] and "test split: 2 of 8 problems" in told[0]
     assert (
         ids(split="train") == [601, 974] and ids(split="validation") == [511, 600] and ids(split="prompt") == [1, 10]
     )

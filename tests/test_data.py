@@ -288,7 +288,7 @@ def test_worker_processes_and_tensor_formats_change_nothing():
         ([{"messages": []}, {"messages": []}], {}, r"row 0: `messages` is list \(\[\]\)"),
         ([{"messages": "user: hi"}], {}, "row 0: `messages` is str"),
         ([{"input_ids": [1, 2], "labels": [2, -100]}], {}, "row 0: a label is neither -100 nor"),
-        ([{"input_ids": [1, 2], "completion_mask": [1]}], {}, "row 0: `completion_mask` must be a list of integers"),
+        ([{"input_ids": [1, 2], "completion_mask": [1]}], {}, "row 0: `completion_mask` must be .* 1 for 2 tokens"),
         ([{"input_ids": [1, 2], "attention_mask": [1, 0]}], {}, "row 0: `attention_mask` has zeros"),
         (
             [{"input_ids": [1, 2]}, {"input_ids": [1, -1]}],

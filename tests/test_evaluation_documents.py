@@ -383,3 +383,18 @@ def test_records_go_on_where_they_stopped(tmp_path):
 def test_settings_refuse(change, message):
     with pytest.raises(ValueError, match=message):
         DocumentSettings(**change)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "calibration"])
+def test_numbers_that_are_none_are_refused(models, documents, name):
+    broken = tiny_model()
+    broken.config.name_or_path = "runs/broken"
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"runs/broken: .* of a document is NaN or infinite"):
+        measured(broken, models[1], documents, replace(SETTINGS, measures=(name,)))
+
+
+def test_perplexities_beyond_all_floats_are_left_out():
+    huge = {"cross_entropy/all": DocumentMean(torch.tensor([800.0, 800.0]), torch.ones(2))}
+    (row,) = summarise({"a": huge}, {})
+    assert (row["measure"], row["mean"]) == ("cross_entropy/all", 800.0)

@@ -65,3 +65,16 @@ def test_nothing_measured_draws_nothing():
     assert (
         report._curves(plt, [], ["a"]) is report._calibration(plt, [], ["a"]) is report._bars(plt, [], ["a"]) is None
     )
+
+
+def test_long_names_stay_apart_and_within_the_figure():
+    names = ["Qwen2.5-1.5B-Instruct-sft-lr1e-5", "Qwen2.5-1.5B-Instruct-ebft-lr1e-5", "a-model-" * 9]
+    measures = [f"humaneval-js-reworded-2025.jsonl/{kind}/pass@16" for kind in ("greedy", "sampled")]
+    rows = [row(n, m, None, 0.5) for n in names for m in measures]
+    figure = report._bars(plt, rows, names)
+    figure.canvas.draw()
+    titles = [axis.title.get_window_extent() for axis in figure.axes]
+    assert not titles[0].overlaps(titles[1])
+    for box in (*titles, *(text.get_window_extent() for axis in figure.axes for text in axis.get_xticklabels())):
+        assert figure.bbox.padded(2).containsx(box.x0) and figure.bbox.padded(2).containsx(box.x1)
+    plt.close(figure)

@@ -1,10 +1,13 @@
 """Completions of many prompts at once against one prompt at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 import held_out
+from ebft.evaluation import generation
 from ebft.evaluation.generation import check_room, complete
 from ebft.evaluation.settings import GenerationSettings
 from tiny import byte_bpe_tokenizer
@@ -64,6 +67,36 @@ def test_samples_do_not_depend_on_what_is_done(model, tokenizer):
     assert first | rest == whole
     assert not first.keys() & rest.keys()
     assert len(set(whole[0])) > 1
+
+
+def test_many_samples_of_one_prompt_come_in_several_parts(model, tokenizer, monkeypatch):
+    """No forward has more rows than the batch size, or more tokens than there is memory for."""
+    prompts, sizes = [tokenizer(text)["input_ids"] for text in TEXTS], []
+    settings = GenerationSettings(num_samples=5, max_new_tokens=3, temperature=1.0, batch_size=2, seed=4)
+    generate = type(model).generate
+
+    def counted(self, ids, **options):
+        sizes.append(len(ids) * options["num_return_sequences"])
+        return generate(self, ids, **options)
+
+    monkeypatch.setattr(type(model), "generate", counted)
+    whole = completed(model, tokenizer, settings, prompts)
+    assert sizes == [2, 2, 1] * len(prompts) and all(len(set(texts)) == 5 for texts in whole.values())
+    done = [i != 0 for i in range(len(prompts))]
+    assert completed(model, tokenizer, settings, prompts, done=done) == {0: whole[0]}
+    sizes.clear()
+    monkeypatch.setattr(generation, "TOKENS_AT_A_TIME", 4 * (len(prompts[0]) + 3))
+    completed(model, tokenizer, replace(settings, batch_size=64), prompts[:1])
+    assert sizes == [4, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(tokenizer, temperature):
+    broken = tiny_model(vocab_size=len(tokenizer))
+    broken.config.name_or_path = "runs/broken"
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="runs/broken: its logits are NaN or infinite"):
+        list(complete(broken, tokenizer, [[5, 6]], GenerationSettings(max_new_tokens=2, temperature=temperature)))
 
 
 def test_an_end_that_is_no_special_token_is_not_part_of_the_text(tokenizer):

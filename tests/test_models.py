@@ -19,7 +19,14 @@ from transformers import (
 from ebft.config import EBFTConfig
 from ebft.features import FeatureNetwork
 from ebft.logprobs import block_log_probs
-from ebft.models import load_config, load_feature_network, load_policy, load_reference, weights_hash
+from ebft.models import (
+    load_config,
+    load_feature_network,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    weights_hash,
+)
 from ebft.support import TESTED, check_adapters_off_is_base, check_config, check_tokenizer, verify_blocks
 from ragged import ragged_batch, random_tokens
 from test_logprobs import lora_model
@@ -395,3 +402,13 @@ def test_initial_policy_of_a_trained_adapter_keeps_the_adapter(args):
     assert torch.allclose(block_log_probs(reference, INPUT_IDS, TOKENS, LAYOUT), expected)
     with policy.disable_adapter():
         assert not torch.allclose(block_log_probs(policy, INPUT_IDS, TOKENS, LAYOUT), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
+def test_a_folder_without_tokenizer_files_is_refused(tmp_path, family):
+    """Transformers makes a tokenizer of special tokens alone, or an error that names no model."""
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model_name_or_path: {tmp_path} has no tokenizer .tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+    byte_bpe_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(byte_bpe_tokenizer())

@@ -133,8 +133,9 @@ def layer_indices(layers: Sequence[Any], num_layers: int) -> list[int]:
     """
     indices = []
     for layer in layers:
-        index = layer if isinstance(layer, int) else max(1, math.floor(layer * num_layers))
-        if not 1 <= index <= num_layers or (isinstance(layer, float) and layer <= 0):
+        whole = isinstance(layer, int)
+        index = layer if whole else max(1, math.floor(layer * num_layers)) if 0 < layer <= 1 else 0  # not of NaN
+        if not 1 <= index <= num_layers:
             raise ValueError(
                 f"feature_layers={list(layers)}: {layer} is out of range; use fractions in (0, 1] or integers in "
                 f"1..{num_layers}, the number of layers of the feature network."

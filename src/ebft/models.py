@@ -158,10 +158,16 @@ def load_tokenizer(name: str) -> Any:
     if not name:
         raise ValueError("processing_class is missing: the model was built in code, so pass its tokenizer.")
     load_config(name)
+    missing = (
+        f"model_name_or_path: {name} has no tokenizer (tokenizer.json ...): copy it there, or pass processing_class"
+    )
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"processing_class: '{name}' has no tokenizer; pass processing_class. ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{missing}. ({error})") from error
+    if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys():
+        raise ValueError(f"{missing}.")  # without files, transformers makes one of special tokens alone
+    return tokenizer
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -231,7 +231,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for count, (number, line) in enumerate(lines):
         if count == 0 and line.lstrip().startswith("["):
             text = "".join(line for _, line in numbered_lines(path))
-            yield from ((f"{path}, row {index}", row) for index, row in enumerate(_parse(text, path, 1, "")))
+            rows = _parse(text, path, 1, f"; line {number} begins a list, which is then the whole file")
+            yield from ((f"{path}, row {index}", row) for index, row in enumerate(rows))
             return
         yield f"{path}, line {number}", _parse(line, path, number, "; a file holds one object per line")
 

@@ -43,6 +43,7 @@ def tokenize_documents(
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     num_proc: int | None = None,
     dataset_label: str = "train_dataset",
+    with_rows: bool = False,
 ) -> "Dataset | IterableDataset":
     """Tokenise a dataset in any of TRL's formats into documents of at most `max_length` tokens.
 
@@ -61,6 +62,7 @@ def tokenize_documents(
         formatting_func: Makes the text of a row; the rows are then raw text.
         num_proc: Worker processes, for a `Dataset`.
         dataset_label: What messages call the dataset.
+        with_rows: Keep the index of each document's row in the dataset, as `row`; not of a stream.
 
     Returns:
         One row per document: `input_ids`; `completion_mask`, 1 = answer token (all 1 for raw text and for unmarked
@@ -84,7 +86,7 @@ def tokenize_documents(
         raise ValueError(f"{dataset_label} has a transform (with_transform), which may be random: use map instead")
     # A format ("torch", "numpy") would turn the rows' lists into tensors.
     documents = dataset.with_format(None).map(encode, **options, num_proc=num_proc, desc=f"Tokenizing {dataset_label}")
-    return _number(documents, max_length, dataset_label)
+    return _number(documents if with_rows else documents.remove_columns("row"), max_length, dataset_label)
 
 
 def _encoder(
@@ -182,11 +184,11 @@ class _Encoder:
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         """Documents of `batch`, whose rows have the given indices in the dataset."""
-        documents: dict[str, list] = {"input_ids": [], "completion_mask": [], "loss_mask": [], "notes": []}
+        documents: dict[str, list] = {"input_ids": [], "completion_mask": [], "loss_mask": [], "notes": [], "row": []}
         rows = ({column: batch[column][i] for column in batch} for i in range(len(indices)))
         for index, row in zip(indices, rows, strict=True):
             for document in self._documents(row, index):
-                for column, value in zip(documents.values(), document, strict=True):
+                for column, value in zip(documents.values(), (*document, index), strict=True):
                     column.append(value)
         return documents
 
@@ -314,7 +316,10 @@ def _from_tokens(row: dict[str, Any], completion_only_loss: bool, vocabulary: in
     for column in ("input_ids", "completion_mask", "labels", "attention_mask"):
         values = row.get(column, ids)
         if not isinstance(values, list) or len(values) != len(ids) or not all(isinstance(x, int) for x in values):
-            raise ValueError(f"{place}: `{column}` must be a list of integers, one per token, is {_describe(values)}")
+            length = f"{len(values)} for {len(ids)} tokens, " if isinstance(values, list) else ""
+            raise ValueError(
+                f"{place}: `{column}` must be a list of integers, one per token, is {length}{_describe(values)}"
+            )
     wrong = [token for token in ids if not 0 <= token < vocabulary]
     if wrong:
         raise ValueError(
@@ -358,8 +363,8 @@ def _document_features() -> Any:
     from datasets import Features, List, Value
 
     mask = List(Value("int8"))
-    columns = {"input_ids": List(Value("int32")), "completion_mask": mask, "loss_mask": mask, "notes": Value("int8")}
-    return Features(columns)
+    columns = {"input_ids": List(Value("int32")), "completion_mask": mask, "loss_mask": mask}
+    return Features(columns | {"notes": Value("int8"), "row": Value("int64")})
 
 
 def _number(documents: "Dataset", max_length: int, label: str) -> "Dataset":
@@ -383,7 +388,7 @@ def _number(documents: "Dataset", max_length: int, label: str) -> "Dataset":
 def _number_stream(documents: "IterableDataset", max_length: int, label: str) -> "IterableDataset":
     """The same for a stream, where each warning comes with the first row it is about, and nothing can be counted."""
     documents = documents.filter(_keep, input_columns="notes", fn_kwargs={"max_length": max_length, "label": label})
-    return documents.map(_index, with_indices=True, remove_columns="notes")
+    return documents.map(_index, with_indices=True, remove_columns=["notes", "row"])
 
 
 def _keep(notes: int, max_length: int, label: str) -> bool:

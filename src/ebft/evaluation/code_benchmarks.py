@@ -92,7 +92,12 @@ def cut(completion: str, stop: tuple[str, ...]) -> str:
 
 
 def load_problems(
-    name: str, *, split: str = "test", config: str | None = None, field: str = "code_benchmark"
+    name: str,
+    *,
+    split: str = "test",
+    config: str | None = None,
+    field: str = "code_benchmark",
+    tell: Callable[[str], object] = lambda text: None,
 ) -> list[Problem]:
     """Read a benchmark; every row is checked before anything is generated.
 
@@ -102,6 +107,7 @@ def load_problems(
             split is chosen by task id ("all": every row); of another file, all rows are taken.
         config: Hub configuration, such as "humaneval-js" of nuprl/MultiPL-E.
         field: The option that `name` comes from, for messages.
+        tell: Told how many problems of MBPP's file the split is.
 
     Raises:
         ValueError: There is no such file or dataset, it has no rows, no known format, or an unknown split of MBPP; or
@@ -111,7 +117,9 @@ def load_problems(
     rows = read_rows(name, split, config, field)
     kind, read = _format_of(*rows[0])
     if kind == "mbpp":
-        rows = _mbpp_split(rows, split, field)
+        everything, rows = len(rows), _mbpp_split(rows, split, field)
+        if len(rows) < everything:
+            tell(f"{name}, {split} split: {len(rows)} of {everything} problems (all: --code_benchmark_split all)")
     problems: list[Problem] = []
     places: dict[str, str] = {}
     for place, row in rows:

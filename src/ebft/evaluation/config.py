@@ -1,8 +1,8 @@
 """The settings of an evaluation; the help text of each is its documentation."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ SETTINGS_OF = {
     "comet": ("comet_model",),
     "tasks": ("tasks_limit",),
 }
+OF_THE_HUB = (
+    ("dataset_name", ("dataset_config", "dataset_test_split")),
+    ("code_benchmark", ("code_benchmark_config",)),  # of a file with all of MBPP, the split is chosen
+    ("translation", ("translation_config", "translation_split")),
+)
+AT_LEAST_1 = (
+    *("max_documents", "max_length", "tasks_limit", "best_of"),
+    *("num_samples", "max_new_tokens", "generation_batch_size"),
+)
 OF_ROLLOUTS = ("lengths", "num_generations", "contexts_per_document", "context_length", "temperature")
 OF_FEATURES = ("feature_model_name_or_path", "feature_layers", "feature_norm")
 OF_COMPLETIONS = ("max_new_tokens", "generation_engine")
@@ -88,7 +97,9 @@ class EvaluationConfig:
     feature_model_name_or_path: str | None = _setting(
         None, "The one feature network of all. Default: the first model."
     )
-    feature_layers: list[float] = _setting([0.25, 0.5, 0.75], "Which of its hidden states, as fractions of its depth.")
+    feature_layers: list[str] = _setting(
+        [0.25, 0.5, 0.75], "Which of its hidden states: fractions of its depth, or integers into hidden_states."
+    )
     feature_norm: str = _setting("joint", "joint, per_layer or none.")
     code_benchmark: list[str] = _setting([], "HumanEval, MBPP, MultiPL-E or own problems: files or Hub names.")
     code_benchmark_config: str | None = _setting(None, "Hub configuration of the code benchmarks.")
@@ -134,18 +145,22 @@ class EvaluationConfig:
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             share = self.vllm_gpu_memory_utilization
             raise ValueError(f"vllm_gpu_memory_utilization={share} must be in (0, 1].")
+        self.feature_layers = [_layer(layer) for layer in self.feature_layers]
         self._check_wanted()
-        for name in ("max_documents", "max_length", "tasks_limit"):
+        self._check_files()
+        for name in AT_LEAST_1:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         for pair in self.language_names:
-            if not re.fullmatch("[^=]+=.*[^ ].*", pair):
+            if not all(part.strip() for part in pair.partition("=")):
                 raise ValueError(f"language_names: {pair!r} is not CODE=NAME, such as gsw=Alemannic.")
-        if self.best_of < 1:
-            raise ValueError(f"best_of={self.best_of} must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0.")
+        if len(set(map(repr, self.feature_layers))) < len(self.feature_layers):
+            raise ValueError(f"feature_layers={self.feature_layers}: one is there twice: remove it.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32.")
+        if not 0 < self.time_limit < inf:
+            raise ValueError(f"time_limit={self.time_limit} must be above 0, in seconds.")
         if self.code_benchmark:
             check_k(self.pass_at_k, self.num_samples)
         # These refuse what is out of range.
@@ -173,6 +188,17 @@ class EvaluationConfig:
                 if not wanted and getattr(self, name) != defaults[name]:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs {needs}; without, it does nothing.")
 
+    def _check_files(self) -> None:
+        """Refuse splits and configurations of what is a local file, which has none."""
+        for files, options in OF_THE_HUB:
+            names = getattr(self, files) or []
+            for option in options:
+                given = getattr(self, option) != getattr(type(self), option)
+                if given and all(
+                    Path(x).expanduser().is_file() for x in ([names] if isinstance(names, str) else names)
+                ):
+                    raise ValueError(f"{option}={getattr(self, option)!r} does nothing: {files}={names!r} is a file.")
+
     @property
     def names(self) -> list[str]:
         """What the models are called in tables and files."""
@@ -181,7 +207,8 @@ class EvaluationConfig:
     @property
     def named_languages(self) -> dict[str, str]:
         """Names of languages that the caller gave, by code."""
-        return dict(pair.split("=", 1) for pair in self.language_names)
+        pairs = (pair.split("=", 1) for pair in self.language_names)
+        return {code.strip(): name.strip() for code, name in pairs}
 
     def document_settings(self, lengths: Sequence[int]) -> DocumentSettings:
         """The part that concerns documents."""
@@ -194,10 +221,26 @@ class EvaluationConfig:
 
     def sampled(self, count: int) -> GenerationSettings:
         """So many sampled completions of each prompt."""
-        if self.code_temperature <= 0:
-            raise ValueError(f"code_temperature={self.code_temperature} must be above 0: samples would be all alike.")
+        if not 0 < self.code_temperature < inf:
+            raise ValueError(
+                f"code_temperature={self.code_temperature} must be above 0 (at 0 samples are all alike) and finite."
+            )
         size = self.generation_batch_size
         return GenerationSettings(count, self.max_new_tokens, self.code_temperature, batch_size=size, seed=self.seed)
+
+
+def _layer(value: Any) -> Any:
+    """An index where it is written as one (2), a fraction of the depth where it has a point (2.0).
+
+    Raises:
+        ValueError: It is no number.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.strip().isdigit() else float(value)
+    except ValueError:
+        raise ValueError(f"feature_layers: {value!r} is not a number: use 0.5, say, or an index such as 2.") from None
 
 
 def short_names(names: Sequence[str]) -> list[str]:

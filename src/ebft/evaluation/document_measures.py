@@ -73,13 +73,20 @@ def document_means(
 
 
 def prompt_groups(documents: Sequence[Record]) -> list[list[Record]]:
-    """Documents by equal prompt, in order of first appearance; text without a prompt is a group of its own."""
+    """Documents by equal prompt, in order of first appearance; text without a prompt is a group of its own.
+
+    What a document says under `prompt` decides, or else the tokens of its prompt.
+    """
     groups: dict[Any, list[Record]] = {}
     for document in documents:
-        first = next((i for i, answer in enumerate(document["completion_mask"]) if answer), None)
-        prompt = tuple(document["input_ids"][:first]) if first else None
+        prompt = document.get("prompt") or _prompt_tokens(document)
         groups.setdefault(prompt or ("alone", document["document_id"]), []).append(document)
     return list(groups.values())
+
+
+def _prompt_tokens(document: Record) -> tuple[int, ...]:
+    first = next((i for i, answer in enumerate(document["completion_mask"]) if answer), 0)
+    return tuple(document["input_ids"][:first])
 
 
 @torch.no_grad()
@@ -102,6 +109,9 @@ def measure_documents(
 
     Yields:
         One record per group of a batch.
+
+    Raises:
+        ValueError: What the model says of a document is not finite.
     """
     device = next(model.parameters()).device
     if network is not None:
@@ -113,7 +123,7 @@ def measure_documents(
             for batch in batches_of((row for group in some for row in group), settings.batch_size, device):
                 parts += _measure_batch(model, network, batch, settings, tokenizer)
             rows = iter(parts)
-            yield [_of_group([next(rows) for _ in group], group[0]["document_id"]) for group in some]
+            yield [_of_group([next(rows) for _ in group], group) for group in some]
 
 
 def _up_to(groups: Iterable[list[Record]], size: int) -> Iterator[list[list[Record]]]:
@@ -156,6 +166,7 @@ def _measure_batch(
             assert network is not None, "loaded whenever its measure is asked for"
             found, first = feature_matching_sums(network, input_ids, rollouts.tokens, layout, settings.lengths)
             sums |= found
+    _check_finite(sums, causal_lm(model).config.name_or_path)
     records: list[Record] = [
         {name: [value[row].double().cpu(), count[row].double().item()] for name, (value, count) in sums.items()}
         for row in range(len(input_ids))
@@ -164,6 +175,15 @@ def _measure_batch(
         for row in behind_prompt(batch, layout).nonzero().flatten().tolist():
             records[row]["behind_prompt"] = tuple(x[row] for x in first)
     return records
+
+
+def _check_finite(sums: Sums, name: str | None) -> None:
+    for measure, (value, _) in sums.items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{name or 'model'}: {measure} of a document is NaN or infinite: take another checkpoint, or try "
+                "dtype float32 and a temperature nearer to 1."
+            )
 
 
 def contexts_of(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
@@ -232,27 +252,27 @@ def feature_matching_sums(
     )
 
 
-def _of_group(records: list[Record], document_id: int) -> Record:
+def _of_group(records: list[Record], group: list[Record]) -> Record:
     """The documents of one prompt as one record, and what only several references of one context can say.
 
     With m references y_i the variance of their features is estimated without bias: the mean of phi_i . phi_i minus
     that of phi_i . phi_j over pairs. It is what L_CFM (eq 2) of the text's own distribution is, its floor; the rest
-    of L_CFM is L_FM (eq 1). Only where all references have room for the longest length: the longer ones alone are
-    not the text's distribution.
+    of L_CFM is L_FM (eq 1). Only where all references have room for the longest length, and start behind the
+    same tokens: some of them alone are not the text's distribution.
     """
     behind_prompt = [record.pop("behind_prompt") for record in records if "behind_prompt" in record]
     whole: Record = {}
     for name in dict.fromkeys(name for record in records for name in record):
         parts = [record[name] for record in records if name in record]
         whole[name] = [sum(part[0] for part in parts), sum(part[1] for part in parts)]
-    if len(behind_prompt) == len(records) > 1:
+    if len(behind_prompt) == len(records) > 1 and len({_prompt_tokens(document) for document in group}) == 1:
         losses, features = (torch.stack(x, dim=1) for x in zip(*behind_prompt, strict=True))  # [L, M], [L, M, D]
         floor = reference_variance(features)
         whole["feature_matching_floor"] = [floor, 1.0]
         whole["feature_matching_shared"] = [losses.mean(-1), 1.0]
         whole["feature_matching_excess"] = [losses.mean(-1) - floor, 1.0]
     as_lists = {name: [value.tolist(), count] for name, (value, count) in whole.items()}
-    return {"id": document_id, **as_lists}
+    return {"id": group[0]["document_id"], **as_lists}
 
 
 def reference_variance(features: Tensor) -> Tensor:

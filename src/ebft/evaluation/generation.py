@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig
 
 from ..forward import evaluation_mode
 from .code_benchmarks import cut
@@ -46,7 +47,7 @@ def complete(
     stop: Sequence[tuple[str, ...]] | None = None,
     done: Sequence[bool] | None = None,
 ) -> Iterator[dict[int, list[str]]]:
-    """Complete prompts, a batch at a time, longest first.
+    """Complete prompts, a batch at a time, longest first; many samples of one prompt in several parts.
 
     What a prompt's samples are depends on the settings and on all prompts, not on which of them are `done`.
 
@@ -60,6 +61,9 @@ def complete(
 
     Yields:
         The samples of each prompt of a batch, by its index.
+
+    Raises:
+        ValueError: The model's logits are not finite.
     """
     stop = stop or [()] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), stop[i], i))
@@ -77,13 +81,17 @@ def _batches(order, prompts, stop, settings: GenerationSettings) -> Iterator[lis
     for i in order:
         if batch:
             rows = (len(batch) + 1) * settings.num_samples
-            tokens = rows * (len(prompts[batch[0]]) + settings.max_new_tokens)
-            if rows > settings.batch_size or tokens > TOKENS_AT_A_TIME or stop[i] != stop[batch[0]]:
+            if rows > _rows_at_a_time(len(prompts[batch[0]]), settings) or stop[i] != stop[batch[0]]:
                 yield batch
                 batch = []
         batch.append(i)
     if batch:
         yield batch
+
+
+def _rows_at_a_time(length: int, settings: GenerationSettings) -> int:
+    """Completions that fit together behind prompts of at most `length` tokens."""
+    return max(1, min(settings.batch_size, TOKENS_AT_A_TIME // (length + settings.max_new_tokens)))
 
 
 def _complete_batch(
@@ -98,21 +106,39 @@ def _complete_batch(
         options = dict(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
     if device.type == "cuda":
         options["cache_implementation"] = "static"
+    if stop:
+        options |= dict(stop_strings=list(stop), tokenizer=tokenizer)
     ends = end_ids(model.generation_config, tokenizer)
-    with _own_generation_config(model, ends, pad):
-        found = model.generate(
-            torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=settings.max_new_tokens,
-            num_return_sequences=settings.num_samples,
-            **(dict(stop_strings=list(stop), tokenizer=tokenizer) if stop else {}),
-            **options,
-        )
-    new, n = found[:, length:].tolist(), settings.num_samples
-    return {
-        i: [cut(text_behind(tokenizer, prompt, tokens, ends), stop) for tokens in new[row * n : row * n + n]]
-        for row, (i, prompt) in enumerate(prompts.items())
-    }
+    texts: dict[int, list[str]] = {i: [] for i in prompts}
+    # A batch of several prompts has room for all of their samples.
+    left, at_once = settings.num_samples, max(1, _rows_at_a_time(length, settings) // len(prompts))
+    while left:
+        n = min(left, at_once)
+        with _own_generation_config(model, ends, pad):
+            found = model.generate(
+                torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=settings.max_new_tokens,
+                num_return_sequences=n,
+                logits_processor=LogitsProcessorList([_finite_logits(model.config.name_or_path)]),
+                **options,
+            )
+        new = found[:, length:].tolist()
+        for row, (i, prompt) in enumerate(prompts.items()):
+            texts[i] += [cut(text_behind(tokenizer, prompt, x, ends), stop) for x in new[row * n : row * n + n]]
+        left -= n
+    return texts
+
+
+def _finite_logits(name: str) -> Any:
+    """A logits processor that refuses NaN, of which a greedy token can be made as of any number."""
+
+    def check(input_ids: Tensor, logits: Tensor) -> Tensor:
+        if not (logits < torch.inf).all():  # below: top_p and temperature make -inf
+            raise ValueError(f"{name or 'model'}: its logits are NaN or infinite: take another checkpoint.")
+        return logits
+
+    return check
 
 
 @contextmanager

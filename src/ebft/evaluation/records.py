@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+RECORDS = "records"  # the folder of all files
 
 
 class RecordFile:
@@ -38,7 +39,7 @@ class RecordFile:
             found = json.loads(line)
         except ValueError:
             found = None
-        if not isinstance(found, dict) or (number > 1 and "id" not in found):
+        if not isinstance(found, dict) or (number > 1 and ("id" not in found or found.get("verdicts") == [])):
             remedy = "delete that line, what it says is measured again" if number > 1 else "delete the file"
             raise ValueError(f"output_dir: {self.path}, line {number}: no record of an evaluation: {remedy}.")
         return found
@@ -53,7 +54,9 @@ class RecordFile:
         self.records |= {record["id"]: record for record in records}
 
 
-def check_same(before: Record, now: Record, folder: Path) -> None:
+def check_same(
+    before: Record, now: Record, folder: Path, remedy: str = "choose another folder, or delete it."
+) -> None:
     """Refuse to mix results of different settings in one folder.
 
     Raises:
@@ -68,6 +71,4 @@ def check_same(before: Record, now: Record, folder: Path) -> None:
         "phi": "the feature network",
     }
     text = ", ".join(hashes.get(key, f"{key} {before.get(key)!r} -> {now.get(key)!r}") for key in changed)
-    raise ValueError(
-        f"output_dir='{folder}' holds results of other settings ({text}): choose another folder, or delete it."
-    )
+    raise ValueError(f"output_dir='{folder}' holds results of other settings ({text}): {remedy}")

@@ -2,39 +2,47 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .records import check_same
+from .records import RECORDS, check_same
 from .settings import BY_POSITION
 from .summary import Row
 
-RESULTS, NUMBERS, PLOTS = "results.json", "results.csv", "plots"
+RESULTS, NUMBERS, PLOTS, LOCK = "results.json", "results.csv", "plots", ".evaluation.lock"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
 # How the measures of documents begin.
 IN_WORDS = ("cross_entropy", "perplexity", "feature_matching", "entropy", "duplicate_rate", "distinct", "self_bleu")
+ADDED = (
+    f"choose another folder, or delete it. To add a model, a benchmark or a k, delete {RESULTS} alone: the records "
+    "stay, and only what is new is measured."
+)
 NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "device", "vllm_gpu_memory_utilization")
 
 
 def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Make the folder; refuse one that holds the results of another evaluation: they would be overwritten.
+    """Refuse a folder that holds the results of another evaluation: they would be overwritten.
 
     Raises:
-        ValueError: It cannot be made, or names the settings that differ.
+        ValueError: Something else has the name of what is written, or names the settings that differ.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir='{folder}' cannot be made ({error.strerror}): name a folder where you may write."
-        ) from error
+    for name, there in (
+        *((name, (folder / name).is_dir()) for name in (RESULTS, NUMBERS)),
+        *((name, (folder / name).is_file()) for name in (RECORDS, PLOTS)),
+    ):
+        if there:
+            raise ValueError(f"output_dir: {folder / name} is in the way of what is written: rename or delete it.")
     if (folder / RESULTS).exists():
         try:
             before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
@@ -46,7 +54,33 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
         now = json.loads(json.dumps(config))
         ignored = _without_effect(now)
         old, new = ({k: v for k, v in x.items() if k not in ignored} for x in (before, now))
-        check_same(old, new, folder)
+        check_same(old, new, folder, ADDED)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it for this call: two would both measure what is missing and write it twice.
+
+    Raises:
+        ValueError: It cannot be made or written to, or another call has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()  # a lock that cannot be written looks taken to filelock
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir='{folder}': another `ebft evaluate` is at work there: wait for it, or choose another folder."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"output_dir='{folder}' cannot be made or written to ({error.strerror}): name one where you may write."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:
@@ -56,8 +90,9 @@ def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def save(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """Write results.json (everything) and results.csv (the numbers, a line each)."""
-    text = json.dumps({**about, "results": list(rows)}, indent=1)
+    """Write results.json (everything; null where a task's score is infinite or NaN) and results.csv (the numbers)."""
+    numbers = [{k: v if not isinstance(v, float) or isfinite(v) else None for k, v in row.items()} for row in rows]
+    text = json.dumps({**about, "results": numbers}, indent=1, allow_nan=False)
     unfinished = folder / f"{RESULTS}.unfinished"
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(folder / RESULTS)  # never half of it
@@ -186,7 +221,7 @@ def _calibration(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     for axis, name in zip(axes[0], names, strict=True):
         for measure, (text, color, style) in lines.items():
             band(axis, rows_of(rows, name, measure), text, color, linestyle=style)
-        axis.set_title(name)
+        axis.set_title(_wrapped(name, 40))
         axis.set_xlabel("token of the completion")
         _finish(axis)
     axes[0][0].set_ylabel("nats")
@@ -200,9 +235,9 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
         return None
     across = min(4, len(measures))
     down = -(-len(measures) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=(3.2 * across, 2.2 * down + 0.6), layout="constrained", squeeze=False
-    )
+    longest = max(map(len, names))  # names stand below each axis, at 8 points
+    size = 3.2 * across, (1.9 + 0.055 * min(longest, 40)) * down + 0.6
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axis, measure in zip(axes.flat, measures, strict=False):
         for i, name in enumerate(names):
             for row in rows_of(rows, name, measure):
@@ -210,8 +245,9 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
                 ends = (row["mean"] - row["low"], row["high"] - row["mean"]) if known else (0.0, 0.0)
                 spread = [[max(0.0, end)] for end in ends]
                 axis.errorbar([i], [row["mean"]], yerr=spread, fmt="o", color=f"C{i}", capsize=4)
-        axis.set_title(label({"measure": measure, "length": None}), fontsize=9)
-        axis.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
+        axis.set_title(_wrapped(label({"measure": measure, "length": None}), 28), fontsize=9)
+        shown = [_wrapped(name, 40) for name in names]
+        axis.set_xticks(range(len(names)), shown, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
         axis.set_xlim(-0.5, len(names) - 0.5)
         if axis.get_ylim()[0] < 0 and all(row["mean"] >= 0 for name in names for row in rows_of(rows, name, measure)):
             axis.set_ylim(bottom=0)
@@ -219,6 +255,11 @@ def _bars(plt: Any, rows: Sequence[Row], names: Sequence[str]) -> Any:
     for axis in list(axes.flat)[len(measures) :]:
         axis.axis("off")
     return figure
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most so many characters; a longer word, such as a file's name, is broken."""
+    return "\n".join(wrap(text, width))
 
 
 def length_axis(axis: Any, lengths: Sequence[int]) -> None:

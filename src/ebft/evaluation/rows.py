@@ -17,7 +17,7 @@ _NAMES: dict[type, str] = {
 }
 
 
-def read_rows(name: str, split: str, config: str | None, field: str) -> list[tuple[str, Row]]:
+def read_rows(name: str, split: str, config: str | None, field: str, also: str = "") -> list[tuple[str, Row]]:
     """All rows with their places ("problems.jsonl, line 3"); a local path wins over a Hub name.
 
     Local JSON is not read through `datasets`, which wants all rows to have the same nested types: the inputs of
@@ -28,6 +28,7 @@ def read_rows(name: str, split: str, config: str | None, field: str) -> list[tup
         split: Split to load of a folder or a Hub dataset.
         config: Hub configuration (subset).
         field: The option that `name` comes from, for messages.
+        also: What else the caller reads, for messages.
 
     Raises:
         ValueError: Nothing of that name exists, a line is no JSON object, or there are no rows.
@@ -41,7 +42,8 @@ def read_rows(name: str, split: str, config: str | None, field: str) -> list[tup
     elif path.is_file() and suffix == "parquet":
         rows = list(_parquet_rows(path))
     elif path.is_file():
-        raise ValueError(f"{field}={name!r} is no .jsonl, .json (either may end in .gz) or .parquet file: convert it")
+        kinds = f"{also}.jsonl, .json (each may end in .gz) or .parquet"
+        raise ValueError(f"{field}={name!r} is no {kinds} file: convert it")
     else:
         from ebft.data.loading import load_documents
 

@@ -51,6 +51,13 @@ def evaluation_of(config: EvaluationConfig, console: Console | None = None) -> E
         ValueError: A model, dataset, benchmark or setting cannot be used; before anything is generated.
     """
     session = Session(config, console or Console())
+    with report.locked(session.folder):
+        return _evaluate(session)
+
+
+def _evaluate(session: Session) -> list[Row]:
+    """Measure and report, in a folder that is this call's own."""
+    config = session.config
     report.check_folder(session.folder, asdict(config))
     if config.plots:
         require("matplotlib", "plot", "plots (leave them out with --plots false)")

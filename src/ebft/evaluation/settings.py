@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -48,8 +49,10 @@ class DocumentSettings:
         for name in ("contexts_per_document", "context_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: a greedy model has one rollout.")
+        if not 0 < self.temperature < inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0 (a greedy model has one rollout) and finite."
+            )
 
     @property
     def samples(self) -> bool:
@@ -90,7 +93,7 @@ class GenerationSettings:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < inf or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: use at least 0, and one in (0, 1].")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(f"num_samples={self.num_samples} at temperature 0 are all alike: use 1, or sample.")

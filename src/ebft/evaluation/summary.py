@@ -1,6 +1,7 @@
 """From records or sums per document to rows of numbers: means with intervals, and paired differences of models."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -13,6 +14,7 @@ from .intervals import DocumentMean
 Row = dict[str, Any]  # model, measure, length (None for a single number), mean, low, high, units
 
 EXPONENTIALS = {"cross_entropy/all": "perplexity/all", "cross_entropy/answer": "perplexity/answer"}
+LARGEST = math.log(sys.float_info.max)
 RATIOS = {"cross_entropy/all": "perplexity_ratio/all", "cross_entropy/answer": "perplexity_ratio/answer"}
 
 
@@ -67,8 +69,12 @@ def summarise(measured: Mapping[str, Mapping[str, DocumentMean]], lengths: Mappi
 
 
 def _exponentials(rows: Sequence[Row], measure: str) -> list[Row]:
-    """The rows' numbers as perplexities, or of a difference as the ratio of two."""
-    return [row | {"measure": measure} | {key: math.exp(row[key]) for key in ("mean", "low", "high")} for row in rows]
+    """The rows' numbers as perplexities, or of a difference as the ratio of two; none of what no float can hold."""
+    return [
+        row | {"measure": measure} | {key: math.exp(row[key]) for key in ("mean", "low", "high")}
+        for row in rows
+        if row["high"] < LARGEST
+    ]
 
 
 def _rows(name: str, measure: str, value: DocumentMean, lengths: Mapping[str, Sequence[Any]]) -> list[Row]:

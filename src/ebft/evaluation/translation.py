@@ -81,7 +81,7 @@ def load_translations(
     if path.is_file() and path.name.lower().removesuffix(".gz").endswith(".tsv"):
         rows = list(_tsv_rows(path))
     else:
-        rows = read_rows(name, split, config, field)
+        rows = read_rows(name, split, config, field, also=".tsv, ")
     segments = [replace(_segment(row, place, direction), place=place) for place, row in rows]
     if direction is not None:
         segments = [segment for segment in segments if segment.direction == direction]
@@ -161,6 +161,10 @@ def check_template(template: str, field: str = "translation_template") -> None:
         raise ValueError(
             f"{field}={template!r} has the fields {sorted(fields)}: use {wanted}, and {{source}} for sure"
         )
+    try:
+        template.format(**dict.fromkeys(known, ""))
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{field}={template!r} cannot be filled in ({error}): write plain {{source}}") from error
 
 
 def _segment(row: Row, place: str, direction: str | None) -> Segment:
@@ -168,6 +172,9 @@ def _segment(row: Row, place: str, direction: str | None) -> Segment:
         return _of_pair(value_of(row, place, "translation", dict), f"{place}, in `translation`", direction)
     if not given(row, "source") and direction is not None and set(codes_of(direction)) <= row.keys():
         return _of_pair(row, place, direction)
+    languages = [code for code in row if re.fullmatch(_CODE, code) and base_language(code) in LANGUAGE_NAMES]
+    if not given(row, "source") and direction is None and len(languages) > 1:
+        return _of_pair({code: row[code] for code in languages}, place, None)
     source = text_of(row, place, "source")
     if given(row, "references"):
         references = strings_of(row, place, "references")
@@ -187,7 +194,8 @@ def _of_pair(pair: Row, place: str, direction: str | None) -> Segment:
     if direction is None:
         codes = sorted(pair)
         raise ValueError(
-            f"{place}: which of {codes} is the source? Say it with a direction, such as {'-'.join(codes)}"
+            f"{place}: which of {codes} is the source? Say it with --translation_direction (in Python, `direction`), "
+            f"such as {'-'.join(codes[:2])}"
         )
     source, target = codes_of(direction)
     return Segment(text_of(pair, place, source), (text_of(pair, place, target),), direction)
@@ -201,5 +209,8 @@ def _tsv_rows(path: Path) -> Iterator[tuple[str, Row]]:
         if columns == [""]:
             continue
         if len(columns) != 2:
-            raise ValueError(f"{path}, line {number}: {len(columns)} column(s) where source and target are expected")
+            raise ValueError(
+                f"{path}, line {number}: {len(columns)} column(s) where source and target are expected: keep these "
+                "(cut -f1,2), or write JSON lines with `source` and `references`"
+            )
         yield f"{path}, line {number}", {"source": columns[0], "target": columns[1]}

@@ -22,7 +22,7 @@ from ...extras import require
 from ..config import EvaluationConfig
 from ..generation import check_room, complete
 from ..intervals import DocumentMean
-from ..records import RecordFile
+from ..records import RECORDS, RecordFile
 from ..settings import GenerationSettings
 from ..summary import Row
 from ..vllm_generation import VLLMEngine
@@ -46,6 +46,9 @@ class Session:
         self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
         for path in config.model_name_or_path:
             check_weights(path)
+        if config.feature_model_name_or_path:
+            loading.load_config(config.feature_model_name_or_path, "feature_model_name_or_path")
+            check_weights(config.feature_model_name_or_path, "feature_model_name_or_path")
         self.longest_prompt = 0
         self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
 
@@ -57,9 +60,17 @@ class Session:
             )
 
     def load(self, path: str) -> Any:
-        """A model, ready to be measured."""
+        """A model, ready to be measured.
+
+        Raises:
+            ValueError: A weight is not finite: rollouts of such a model would have numbers like any other's.
+        """
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
-        return model.to(self.device).eval()
+        model = model.to(self.device).eval()
+        for name, weight in model.named_parameters():
+            if weight.dtype == self.dtype and not torch.stack(weight.aminmax()).isfinite().all():
+                raise ValueError(f"{path}: the weight {name} holds NaN or infinite numbers: take another checkpoint.")
+        return model
 
     def turns(self) -> Iterator["Turn"]:
         """The models, one after the other."""
@@ -140,7 +151,7 @@ class Turn:
         identity = {"model": self.path, "state": _fingerprint(self.path)}
         identity["dtype"] = str(self.session.dtype).removeprefix("torch.")
         digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-        path = self.session.folder / "records" / f"{self.name}-{kind}.jsonl".replace("/", "_")
+        path = self.session.folder / RECORDS / f"{self.name}-{kind}.jsonl".replace("/", "_")
         return RecordFile(path, {**identity, **settings, "data": digest})
 
     def progress(self, text: str, total: int) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..code_benchmarks import Problem, check_languages, load_problems
@@ -28,8 +29,10 @@ class CodeSuite(Suite):
         from ...sandbox import Limits, Sandbox
 
         self.config = config = session.config
+        options: dict[str, Any] = {"split": config.code_benchmark_split, "config": config.code_benchmark_config}
+        options["tell"] = partial(session.console.print, highlight=False, markup=False)
         self.benchmarks = {
-            short: load_problems(name, split=config.code_benchmark_split, config=config.code_benchmark_config)
+            short: load_problems(name, **options)
             for short, name in zip(short_names(config.code_benchmark), config.code_benchmark, strict=True)
         }
         for problems in self.benchmarks.values():

@@ -1,5 +1,6 @@
 """Held-out documents: cross-entropy, feature-matching loss, calibration, diversity (`document_measures`)."""
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -37,8 +38,13 @@ class DocumentSuite(Suite):
         if config.max_documents is not None:
             dataset = dataset.select(range(min(len(dataset), config.max_documents)))
         label = f"dataset_name={name!r}"
-        documents = tokenize_documents(dataset, self.tokenizer, max_length=max_length, dataset_label=label)
-        self.documents = list(documents)
+        options: dict[str, Any] = {"max_length": max_length, "dataset_label": label, "with_rows": True}
+        self.documents: list[Any] = list(tokenize_documents(dataset, self.tokenizer, **options))
+        for document in self.documents:
+            row = dataset[document.pop("row")]
+            if {"prompt", "completion"} <= row.keys():
+                # In which tokens it ends depends on the answer.
+                document["prompt"] = json.dumps([row.get(x) for x in ("prompt", "tools", "chat_template_kwargs")])
         self.settings = config.document_settings((1,))
         if self.settings.samples:
             lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
@@ -73,7 +79,8 @@ class DocumentSuite(Suite):
             return {}
         config = self.session.config
         model = self.session.load(config.feature_model_name_or_path or config.model_name_or_path[0])
-        self.network = FeatureNetwork(model, config.feature_layers, norm=config.feature_norm)
+        layers: Any = config.feature_layers  # numbers by now
+        self.network = FeatureNetwork(model, layers, norm=config.feature_norm)
         self.described = loading.describe_feature_network(self.network)
         self.network.model.to("cpu")  # until it is needed: another suite may want the memory
         return {"feature_network": self.described}

@@ -11,7 +11,15 @@ from ..intervals import DocumentMean
 from ..records import Record, RecordFile
 from ..settings import GenerationSettings
 from ..summary import Row, means_of
-from ..translation import LANGUAGE_NAMES, STOP, check_template, load_translations, translation_prompt
+from ..translation import (
+    LANGUAGE_NAMES,
+    STOP,
+    base_language,
+    check_template,
+    codes_of,
+    load_translations,
+    translation_prompt,
+)
 from ..translation_scores import check_metrics, compare_translations, translation_scores
 from .base import Session, Suite, Turn, files_fingerprint, generation_identity, prompt_tokens
 
@@ -38,6 +46,10 @@ class TranslationSuite(Suite):
         )
         check_metrics(self.segments)
         names = LANGUAGE_NAMES | self.config.named_languages
+        codes = {code for segment in self.segments for code in codes_of(segment.direction)}
+        unused = sorted(self.config.named_languages.keys() - codes - set(map(base_language, codes)))
+        if unused:
+            raise ValueError(f"language_names: no segment is in {unused[0]!r}, only in {sorted(codes)}: remove it.")
         self.prompts = [translation_prompt(segment, template, names) for segment in self.segments]
         session.check_room([segment.place for segment in self.segments], self.prompts)
         self.translations: dict[str, list[list[str]]] = {}
@@ -66,7 +78,8 @@ class TranslationSuite(Suite):
 
     def _file(self, turn: Turn, kind: str, settings: GenerationSettings) -> RecordFile:
         about = generation_identity(settings, self.config.generation_engine)
-        return turn.records(f"translation-{kind}", about, self.prompts)
+        references = [segment.references for segment in self.segments]
+        return turn.records(f"translation-{kind}", about, [self.prompts, references])
 
     def _translate(self, turn: Turn, kind: str, settings: GenerationSettings) -> list[list[str]]:
         """So many translations of each segment, as `settings` say."""

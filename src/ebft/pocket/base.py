@@ -1,4 +1,4 @@
-"""The base model of a pocket task: tokenizer and a small Qwen2, trained from scratch on the text of `pretrain`."""
+"""The base model of a pocket task: a small Qwen2, trained from scratch on the text of `pretrain`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..scratch.corpus import train_tokenizer
 from ..scratch.training import SFT, new_model, train
 
 
@@ -27,21 +26,21 @@ SMOKE_BASE = BaseSizes(vocab_size=384, hidden_size=64, layers=2)
 
 
 def train_base(
-    folder: Path, texts: Sequence[str], sizes: BaseSizes, seed: int
-) -> tuple[PreTrainedTokenizerBase, float]:
-    """Train tokenizer and model on every token of the texts, and save both in `folder`.
+    folder: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sizes: BaseSizes, seed: int
+) -> float:
+    """Train a model on every token of the texts, and save it with its tokenizer in `folder`.
 
     Returns:
-        The tokenizer, and seconds of training.
+        Seconds of training.
     """
-    tokenizer = train_tokenizer(texts, sizes.vocab_size)
     encoded: Any = tokenizer(list(texts))["input_ids"]
     documents = Dataset.from_dict({"input_ids": [[*tokens, tokenizer.eos_token_id] for tokens in encoded]})
     model = new_model(tokenizer, sizes.hidden_size, sizes.layers, seed)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": sizes.batch_size,
+        "gradient_accumulation_steps": 1,
         "learning_rate": sizes.learning_rate,
         "lr_scheduler_type": "cosine",
         "seed": seed,
     }
-    return tokenizer, train(model, tokenizer, documents, folder, SFT, **settings)
+    return train(model, tokenizer, documents, folder, SFT, **settings)

@@ -27,7 +27,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check(options)
         task, sizes = make(options)
-        check_splits(task.splits)
         artifacts = ["base", "task.json", *(f"{name}.jsonl" for name in task.files)]
         prepare_folder(folder, options.overwrite, artifacts, "pocket task")
         quiet()
@@ -57,15 +56,17 @@ def check(options: argparse.Namespace) -> None:
 
 
 def make(options: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
-    """`(task, its sizes)`."""
+    """`(task, its sizes)`, with splits that share no prompt."""
+    module = TASKS[options.task] if options.parallel_text is None else parallel_text
+    sizes = module.SMOKE if options.smoke else module.Sizes()
     if options.parallel_text is None:
-        module = TASKS[options.task]
-        sizes = module.SMOKE if options.smoke else module.Sizes()
-        return module.make(sizes, options.seed), asdict(sizes)
-    sizes = parallel_text.SMOKE if options.smoke else parallel_text.Sizes()
-    names = LANGUAGE_NAMES | dict(pair.split("=", 1) for pair in options.language_names)
-    files = (options.parallel_text, options.parallel_validation)
-    return parallel_text.make(*files, options.direction, names, sizes, options.seed), asdict(sizes)
+        task = TASKS[options.task].make(sizes, options.seed)
+    else:
+        names = LANGUAGE_NAMES | dict(pair.split("=", 1) for pair in options.language_names)
+        files = (options.parallel_text, options.parallel_validation)
+        task = parallel_text.make(*files, options.direction, names, sizes, options.seed)
+    check_splits(task.splits)
+    return task, asdict(sizes)
 
 
 def run(folder: Path, task: Task, sizes: BaseSizes, about: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import ast
 import platform
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -61,7 +61,7 @@ def make(sizes: Sizes, seed: int) -> Task:
         rng = Random(f"{seed} {name}")
         found = list(dict.fromkeys(piece for file in folders[name] for piece in pieces(read(file), sizes.piece)))
         found = [piece for piece in found if piece not in taken]
-        rows = enough(name, found, getattr(sizes, name), rng)
+        rows = enough(name, rng.sample(found, len(found)), getattr(sizes, name))
         taken.update(rows)
         splits[name] = rows
         files[name] = [{"text": text} for text in rows]
@@ -69,22 +69,30 @@ def make(sizes: Sizes, seed: int) -> Task:
     known = "\n".join(normalised(read(file)) for name in ("train", "pretrain") for file in folders[name])
     prompts: set[str] = set()
     for name in ("test", "validation"):
-        # A function that training files hold as well says nothing about generalisation, nor does one that recurs.
-        found = {
-            prompt: body
-            for file in folders[name]
-            for prompt, body in functions(read(file), sizes.prompt, sizes.body)
-            if normalised(body) not in known and prompt not in prompts
-        }
         count = getattr(sizes, f"{name}_functions")
-        chosen = enough(f"{name}_functions", list(found), count, Random(f"{seed} {name}_functions"))
-        prompts.update(chosen)
-        splits[name] = [*splits[name], *chosen]
-        files[f"{name}_functions"] = [
-            {"id": f"{name}/{i}", "prompt": prompt, "completion": found[prompt]} for i, prompt in enumerate(chosen)
-        ]
-        files[f"{name}_problems"] = [problem(f"{name}/{i}", prompt) for i, prompt in enumerate(chosen)]
+        rows = new_functions(name, folders[name], known, prompts, count, sizes, Random(f"{seed} {name}_functions"))
+        found = [row["prompt"] for row in rows]
+        prompts.update(found)
+        splits[name] = [*splits[name], *found]
+        files[f"{name}_functions"] = rows
+        files[f"{name}_problems"] = [problem(row) for row in rows]
     return Task(files, splits, {**ABOUT, "files": {name: len(paths) for name, paths in folders.items()}})
+
+
+def new_functions(
+    name: str, paths: Sequence[Path], known: str, taken: Collection[str], count: int, sizes: Sizes, rng: Random
+) -> list[Row]:
+    """So many functions at random, as documents; none whose body training files hold as well, or whose prompt recurs.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    found = dict(each for path in paths for each in functions(read(path), sizes.prompt, sizes.body))
+    rows = []
+    for prompt in rng.sample(list(found), len(found)):
+        if len(rows) < count and prompt not in taken and normalised(found[prompt]) not in known:
+            rows.append({"id": f"{name}/{len(rows)}", "prompt": prompt, "completion": found[prompt]})
+    return enough(f"{name}_functions", rows, count)
 
 
 def split_files(files: Sequence[Path], sizes: Sizes, seed: int) -> dict[str, list[Path]]:
@@ -97,8 +105,8 @@ def split_files(files: Sequence[Path], sizes: Sizes, seed: int) -> dict[str, lis
     return {**found, "pretrain": shuffled}
 
 
-def enough(name: str, found: list[str], count: int, rng: Random) -> list[str]:
-    """So many of them at random.
+def enough(name: str, found: list, count: int) -> list:
+    """The first so many.
 
     Raises:
         ValueError: There are fewer.
@@ -108,7 +116,7 @@ def enough(name: str, found: list[str], count: int, rng: Random) -> list[str]:
             f"{name}={count}, but this Python's standard library yields only {len(found)}: lower it, or use another "
             "Python with the library's source code"
         )
-    return rng.sample(found, count)
+    return found[:count]
 
 
 def pieces(text: str, most: int) -> Iterator[str]:
@@ -182,6 +190,6 @@ def normalised(text: str) -> str:
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def problem(identity: str, prompt: str) -> Row:
+def problem(row: Row) -> Row:
     """Passed by whatever compiles: running a definition does not run its body."""
-    return {"id": identity, "prompt": prompt, "tests": "pass\n", "stop": STOP}
+    return {"id": row["id"], "prompt": row["prompt"], "tests": "pass\n", "stop": STOP}

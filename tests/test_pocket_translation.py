@@ -183,6 +183,15 @@ def test_parallel_text_makes_the_same_files(tmp_path):
     assert made.about["direction"] == "de-en"
 
 
+def test_parallel_text_of_a_language_without_a_known_name(tmp_path):
+    found = [{"source": f"Huus {i}", "target": f"House {i}", "direction": "gsw-en"} for i in range(60)]
+    names = LANGUAGE_NAMES | {"gsw": "Alemannic"}
+    made = parallel_text.make(write(tmp_path / "text.jsonl", found), None, None, names, parallel_text.SMOKE, 0)
+    assert made.files["test"][0]["prompt"].startswith("Translate this from Alemannic to English:\nAlemannic: Huus ")
+    assert made.about["language_names"] == "gsw=Alemannic"
+    assert not set(made.splits["train"]) & set(made.splits["test"])
+
+
 def test_parallel_text_in_two_columns_end_to_end(tmp_path):
     path = tmp_path / "text.tsv"
     path.write_text("".join(f"Haus {i}.\tHouse {i}.\n" for i in range(200)))

@@ -17,6 +17,7 @@ from .base import SMOKE_BASE, BaseSizes, train_base
 from .files import Row, Task, check_boundary, check_splits, write_about, write_rows
 
 TASKS = {"qa_coding": qa_coding, "stdlib_code": stdlib_code, "translation": translation}
+BASES = {"qa_coding": BaseSizes(), "stdlib_code": BaseSizes(batch_size=4), "translation": BaseSizes()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         artifacts = ["base", "task.json", *(f"{name}.jsonl" for name in task.files)]
         prepare_folder(folder, options.overwrite, artifacts, "pocket task")
         quiet()
-        base = SMOKE_BASE if options.smoke else BaseSizes()
+        base = SMOKE_BASE if options.smoke else BASES[options.task]
         run(folder, task, base, {"seed": options.seed, "smoke": options.smoke, "sizes": sizes})
     except ValueError as error:
         parser.error(str(error))

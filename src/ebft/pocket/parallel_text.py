@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ..evaluation.translation import Segment, load_translations, translation_prompt
+from ..evaluation.translation import LANGUAGE_NAMES, Segment, codes_of, load_translations, translation_prompt
 from .files import Row, Task
 from .translation import ABOUT
 
@@ -64,7 +64,9 @@ def make(
         )
     count = min(sizes.train, len(rest) // 2)  # at least as many are left for the base model
     parts |= {"train": rest[:count], "pretrain": rest[count : count + sizes.pretrain]}
-    about = {**ABOUT, "direction": directions[0], "parallel_text": path.name, "language_names": None}
+    # What `ebft evaluate` has to be told as well, for the same prompts.
+    told = [f"{code}={names[code]}" for code in codes_of(directions[0]) if names.get(code) != LANGUAGE_NAMES.get(code)]
+    about = {**ABOUT, "direction": directions[0], "parallel_text": path.name, "language_names": " ".join(told)}
     about["left_out"] = f"segments of more than {sizes.characters} characters, and repeated sources"
     splits = {name: [translation_prompt(each, names=names) for each in part] for name, part in parts.items()}
     return Task(files_of(parts, splits, sizes), splits, about)
@@ -85,7 +87,9 @@ def load(path: Path, direction: str | None, field: str, characters: int) -> list
     return list(found.values())
 
 
-def files_of(parts: Mapping[str, Sequence[Segment]], splits: Mapping[str, list[str]], sizes: Sizes) -> dict:
+def files_of(
+    parts: Mapping[str, Sequence[Segment]], splits: Mapping[str, list[str]], sizes: Sizes
+) -> dict[str, list[Row]]:
     """Rows of every file, by its name."""
     files: dict[str, list[Row]] = {}
     for name, part in parts.items():

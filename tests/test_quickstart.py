@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebft import extras
 from ebft.evaluation.settings import LENGTHS
-from ebft.quickstart import corpus
-from ebft.quickstart.__main__ import ARTIFACTS, MODELS, SHOWN, SMOKE, main, prepare_folder
+from ebft.quickstart.__main__ import ARTIFACTS, MODELS, SHOWN, SMOKE, main
+from ebft.scratch import corpus
+from ebft.scratch.folder import prepare_folder
 
 PAIRS = ("sft - base", "ebft - base", "ebft - sft")
 
@@ -105,7 +106,7 @@ def test_second_run_into_the_folder(folder, capsys):
 def test_overwrite_removes_what_a_quickstart_wrote_and_no_more(tmp_path):
     for name in (*ARTIFACTS, "diary.txt"):
         (tmp_path / name).write_text("")
-    prepare_folder(tmp_path, overwrite=True)
+    prepare_folder(tmp_path, True, ARTIFACTS, "quickstart")
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
 

@@ -1,17 +1,12 @@
 """The experiment from the top down: a base model, the same documents with SFT and with EBFT, and the numbers."""
 
 import argparse
-import shutil
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -22,9 +17,11 @@ from ..evaluation.report import show as show_numbers
 from ..evaluation.summary import summarise
 from ..extras import require
 from ..features import FeatureNetwork
-from . import corpus, report
+from ..scratch import corpus
+from ..scratch.folder import prepare_folder, quiet
+from ..scratch.training import EBFT, SFT, new_model, train
+from . import report
 from .measuring import continuations, measure
-from .training import EBFT, SFT, new_model, train
 
 MODELS = ("base", "sft", "ebft")
 HELD_OUT = "held_out.jsonl"
@@ -66,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = replace(sizes, **{name: value for name, value in chosen.items() if value is not None})
     try:
         require("matplotlib", "plot", "the quickstart's plot")
-        prepare_folder(options.output_dir, options.overwrite)
+        prepare_folder(options.output_dir, options.overwrite, ARTIFACTS, "quickstart")
         quiet()
         run(options.output_dir, sizes, options.seed, options.learning_rate)
     except ValueError as error:
@@ -158,34 +155,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "--smoke", action="store_true", help="a version of seconds that only shows that all parts work"
     )
     return parser
-
-
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make room for this run's files.
-
-    Raises:
-        ValueError: The folder holds an earlier quickstart, or is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r} is a file: name a folder")
-    found = [folder / name for name in ARTIFACTS if (folder / name).exists()]
-    if found and not overwrite:
-        raise ValueError(
-            f"output_dir={str(folder)!r} holds an earlier quickstart ({found[0].name}): delete it, replace it with "
-            "--overwrite, or choose another --output_dir"
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def quiet() -> None:
-    """Leave the screen to our own progress bars, and a small model to few threads."""
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
 if __name__ == "__main__":

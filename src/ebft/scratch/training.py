@@ -1,4 +1,4 @@
-"""Three trainings with one trainer: cross-entropy from scratch (base), more of it (SFT), and EBFT."""
+"""Small models and their trainings with one trainer: cross-entropy from scratch, more of it (SFT), and EBFT."""
 
 import time
 from pathlib import Path
@@ -59,12 +59,10 @@ def train(
         output_dir=str(folder),
         num_train_epochs=1,
         max_length=max(map(len, documents["input_ids"])),
-        per_device_train_batch_size=4,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        **objective,
-        **settings,
+        **{"per_device_train_batch_size": 4, **objective, **settings},
     )
     model = str(model) if isinstance(model, Path) else model
     trainer = EBFTTrainer(model=model, args=args, train_dataset=documents, processing_class=tokenizer)

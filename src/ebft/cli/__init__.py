@@ -15,6 +15,7 @@ import ebft
 VERBS = {
     "train": "fine-tune a model on your documents",
     "evaluate": "measure models side by side on held-out documents and tasks",
+    "report": "show runs in one HTML file: curves, tables and their rollouts",
     "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }
@@ -24,6 +25,7 @@ EXTRAS = {
     "bitsandbytes": "quantization",
     "lm-eval": "lm-eval",
     "matplotlib": "plot",
+    "plotly": "report",
     "sacrebleu": "translation",
     "tensorboard": "tensorboard",
     "wandb": "wandb",

@@ -15,6 +15,7 @@ AXES = ("documents", "step", "seconds")
 MOST_POINTS = 1500  # of a line; more cannot be told apart on a screen
 TRAINED_LENGTH = 8  # the completion length of the paper's figure, shown if it was measured
 LOSS = "feature_matching_loss"
+TRAINING_STYLE = 2  # dotted, in figures.js
 
 # Title, unit, metric; the parts of the reward and what else tells how training goes.
 REWARD_PANELS = (
@@ -35,11 +36,13 @@ COST_PANELS = (
 
 def training_panels(sources: Sources) -> list[Panel]:
     """The paper's figure: greedy and sampled accuracy, cross-entropy and feature-matching loss over training."""
-    greedy, sampled = _accuracy_lines(sources, "greedy"), _accuracy_lines(sources, "sampled")
     never = "Not measured: these runs were not evaluated on tasks while they trained."
+    accuracies = [
+        _panel(f"Accuracy, {kind}", "share solved, or BLEU", _accuracy_lines(sources, kind), never)
+        for kind in ("greedy", "sampled")
+    ]
     return [
-        _panel("Accuracy, greedy", "share solved, or BLEU", greedy, never),
-        _panel("Accuracy, sampled", "share solved, or BLEU", sampled, never),
+        *accuracies,
         _panel("Cross-entropy", "nats per token", _cross_entropy_lines(sources), "No cross-entropy logged yet."),
         _panel("Feature-matching loss", "squared distance", _loss_lines(sources), "No rollouts measured yet."),
     ]
@@ -100,7 +103,7 @@ def _accuracy_lines(sources: Sources, kind: str) -> list[Line]:
         keys = dict.fromkeys(key for run in group.runs for record in run.records.values() for key in record)
         chosen = [key for key in keys if key.startswith("eval_") and is_accuracy(key, kind)]
         for style, key in enumerate(chosen):
-            lines += _line(f"{group.name}, {key.removeprefix('eval_')}", index, _metric(group, key), style)
+            lines += _line(group.name, index, _metric(group, key), style, key.removeprefix("eval_"))
     return lines
 
 
@@ -134,20 +137,20 @@ def _logged(sources: Sources, held_out: Sequence[str], training: str) -> list[Li
             continue  # its numbers are those of the comparison's table
         measured = [points for key in held_out if (points := _metric(group, key))]
         for points in measured[:1]:
-            lines += _line(f"{group.name}, held out", index, points)
-        lines += _line(f"{group.name}, training", index, _metric(group, training), style=2)
+            lines += _line(group.name, index, points, of="held out")
+        lines += _line(group.name, index, _metric(group, training), TRAINING_STYLE, "training")
     return lines
 
 
 def _comparison_lines(
-    sources: Sources, prefix: str, comparison: Comparison, measure: tuple[str, int | None], style: int, suffix: str
+    sources: Sources, prefix: str, comparison: Comparison, measure: tuple[str, int | None], style: int, of: str
 ) -> list[Line]:
     lines: list[Line] = []
     rows = [r for r in comparison.selected(comparison.curve_split()) if (r["measure"], r["length"]) == measure]
     for method in methods_of(rows):
         name = f"{prefix}{method}"
         points = at_each_step(row for row in rows if row["method"] == method)
-        drawn = _line(f"{name}, {suffix}" if suffix else name, _place(sources, name), points, style)
+        drawn = _line(name, _place(sources, name), points, style, of)
         # The base model is measured once: its line is drawn across, to compare the others with.
         lines += [line | {"level": method == "base"} for line in drawn]
     return lines
@@ -181,22 +184,22 @@ def _over_runs(group: Group, values_of: Callable[[Any], dict[int, float]]) -> li
     return points
 
 
-def _line(name: str, group: int | None, points: list[dict[str, Any]], style: int = 0) -> list[Line]:
-    """One line, its points thinned evenly where there are too many; none without points."""
+def _line(name: str, group: int | None, points: list[dict[str, Any]], style: int = 0, of: str = "") -> list[Line]:
+    """One line, `of` what it shows; its points thinned evenly where there are too many; none without points."""
     every = -(-len(points) // MOST_POINTS) if points else 1
     points = points[::-1][::every][::-1]  # the last one stays
     if not points:
         return []
     x = {axis: [point[axis] for point in points] for axis in points[0] if axis != "estimate"}
     ends = {end: [getattr(point["estimate"], end) for point in points] for end in ("mean", "low", "high")}
-    return [{"name": name, "group": group, "style": style, "x": x, **ends}]
+    return [{"name": name, "of": of, "group": group, "style": style, "x": x, **ends}]
 
 
 def _evaluated(model: str, rows: list[Record], sources: Sources) -> Line:
     rows = sorted(rows, key=lambda row: row["length"])
     ends = {end: [row.get(end) for row in rows] for end in ("mean", "low", "high")}
     x = {"length": [row["length"] for row in rows]}
-    return {"name": f"{model} (evaluation)", "group": _place(sources, model), "style": 0, "x": x, **ends}
+    return {"name": f"{model} (evaluation)", "of": "", "group": _place(sources, model), "style": 0, "x": x, **ends}
 
 
 def _is_difference(model: str, sources: Sources) -> bool:
@@ -206,4 +209,9 @@ def _is_difference(model: str, sources: Sources) -> bool:
 
 
 def _panel(title: str, unit: str, lines: list[Line], empty: str, axis: str = "training") -> Panel:
-    return {"title": title, "unit": unit, "axis": axis, "lines": lines, "empty": empty}
+    """A figure. What its lines are of is said once, in the title, if it is the same for all, else in their names."""
+    of = {line["of"] for line in lines}
+    named = [{**line, "name": f"{line['name']}, {line['of']}" if line["of"] else line["name"]} for line in lines]
+    if len(of) == 1:
+        named, title = lines, ", ".join(part for part in (title, *of) if part)
+    return {"title": title, "unit": unit, "axis": axis, "lines": named, "empty": empty}

@@ -1,6 +1,7 @@
 "use strict";
 // The page's text: title, tables and commands. Whatever comes from a run is put in as text, never as markup.
 
+const MANY = 8; // rows that push what is to be seen off the screen
 const data = JSON.parse(document.getElementById("data").textContent);
 
 function element(tag, attributes = {}, ...children) {
@@ -46,7 +47,9 @@ function cell(value) {
 }
 
 function table(content) {
-  const head = element("tr", {}, ...content.columns.map((name) => element("th", { scope: "col" }, visible(name))));
+  const numeric = content.columns.map((_, i) => i > 0 && content.rows.some((row) => row[i] !== null && typeof row[i] !== "string"));
+  const head = element("tr", {}, ...content.columns.map((name, i) =>
+    element("th", { scope: "col", class: numeric[i] ? "number" : "" }, visible(name))));
   const rows = content.rows.map(([first, ...others]) =>
     element("tr", {}, element("th", { scope: "row" }, visible(String(first))), ...others.map(cell)));
   const grid = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
@@ -60,7 +63,8 @@ function table(content) {
 
 function folded(content) {
   const [heading, ...rest] = table(content);
-  return element("details", {}, element("summary", {}, heading.textContent), ...rest);
+  const name = `${heading.textContent} (${content.rows.length})`;
+  return element("details", {}, element("summary", {}, name), ...rest);
 }
 
 function fill() {
@@ -68,7 +72,7 @@ function fill() {
   const into = (id, ...parts) => document.getElementById(id).append(...parts);
   into("title", visible(data.title));
   into("made", data.made);
-  into("about", ...about.flatMap(table));
+  into("about", ...about.flatMap((content) => content.rows.length > MANY ? [folded(content)] : table(content)));
   into("results", ...results.flatMap(table), ...metrics.flatMap(table));
   into("settings", ...settings.map(folded));
   if (data.commands.length) {

@@ -80,7 +80,7 @@ def length_panels(sources: Sources) -> list[Panel]:
         curve = [row for row in rows if row.get("measure") == LOSS and is_number(row.get("length"))]
         if curve and not _is_difference(model, sources):
             lines.append(_evaluated(model, curve, sources))
-    empty = "Not measured yet: `ebft evaluate` and `ebft compare` measure it."
+    empty = "Not measured yet: ebft evaluate and ebft compare measure it."
     return [_panel("Feature-matching loss by completion length", "squared distance", lines, empty, axis="length")]
 
 
@@ -162,7 +162,7 @@ def _place(sources: Sources, name: str) -> int | None:
 
 def _metric_panel(sources: Sources, title: str, unit: str, key: str) -> Panel:
     lines = [line for i, group in enumerate(sources.groups) for line in _line(group.name, i, _metric(group, key))]
-    return _panel(title, unit, lines, f"No `{key}` logged yet.")
+    return _panel(title, unit, lines, f"No {key} logged yet.")
 
 
 def _metric(group: Group, key: str) -> list[dict[str, Any]]:

@@ -52,6 +52,10 @@ function traces(panel, axis) {
   });
 }
 
+function lowest(panel) {
+  return Math.min(...panel.lines.flatMap((line) => [...line.mean, ...line.low]).filter((value) => value !== null));
+}
+
 function layout(panel, axis) {
   const grid = { gridcolor: css("--grid"), zeroline: false, linecolor: css("--grid"), automargin: true };
   const x = { ...grid, title: { text: UNITS[axis], standoff: 8 } };
@@ -62,7 +66,7 @@ function layout(panel, axis) {
   const named = panel.lines.some((line) => line.name !== data.groups[line.group]);
   return {
     xaxis: x,
-    yaxis: { ...grid, title: { text: panel.unit, standoff: 8 } },
+    yaxis: { ...grid, rangemode: lowest(panel) < 0 ? "normal" : "nonnegative", title: { text: panel.unit, standoff: 8 } },
     margin: { l: 8, r: 12, t: 8, b: 8 },
     height: named ? 310 : 270,
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -97,6 +101,7 @@ function frames() {
       }
     }
   }
+  document.getElementById("legend").hidden = data.groups.length < 2;
   data.groups.forEach((name, group) => {
     const swatch = element("span", { class: "swatch" });
     swatch.style.background = colorOf({ group, name });

@@ -2,6 +2,7 @@
 // The page's text: title, tables and commands. Whatever comes from a run is put in as text, never as markup.
 
 const MANY = 8; // rows that push what is to be seen off the screen
+const ROUNDING = 1e-12; // whitened diversities are zero but for rounding
 const data = JSON.parse(document.getElementById("data").textContent);
 
 function element(tag, attributes = {}, ...children) {
@@ -28,9 +29,10 @@ function format(number) {
   if (number === null || number === undefined) {
     return "\u2013";
   }
-  const size = Math.abs(number);
-  const text = Number.isInteger(number) && size < 1e15 ? number.toLocaleString("en")
-    : size !== 0 && (size < 1e-3 || size >= 1e6) ? number.toExponential(2)
+  const size = Math.abs(number) < ROUNDING ? 0 : Math.abs(number);
+  const text = size === 0 ? "0"
+    : Number.isInteger(number) && size < 1e15 ? number.toLocaleString("en")
+    : size < 1e-3 || size >= 1e6 ? number.toExponential(2)
     : String(Number(number.toPrecision(4)));
   return text.replace(/^-|e-/g, (sign) => sign.replace("-", "\u2212"));
 }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
@@ -119,6 +120,24 @@ def test_loss_by_length_is_that_of_the_end(comparison):
     line = lines_of(report(comparison), "length", "Feature-matching")["ebft"]
     assert line["x"]["length"] == list(LENGTHS)
     assert line["mean"] == pytest.approx(list(rows.groupby("length")["mean"].mean()))
+
+
+def test_before_a_setting_is_chosen_each_stands_for_itself(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+    path = folder / "results.parquet"
+    rows = [row | {"selected": False} for row in pq.read_table(path).to_pylist() if row["split"] == "validation"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    data = report(folder)
+    names = ["base", "sft", "rlvr", "ebft (learning_rate=0.0001)", "ebft (learning_rate=0.001)"]
+    assert list(lines_of(data, "training", "Cross-entropy")) == data["groups"] == names
+    assert list(lines_of(data, "rewards", "Entropy")) == names[1:]
+    assert table_of(data, "results", "Results on validation")["cross_entropy/all"][names[-1]]["seeds"] == 1
+
+
+def test_another_table_is_refused(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"method": "sft", "score": 1.0}]), tmp_path / "results.parquet")
+    with pytest.raises(ValueError, match=r"results.parquet: the columns \['setting', .*'selected'\] are missing"):
+        write_report([tmp_path])
 
 
 def test_failed_cells_are_shown_with_their_errors(comparison):

@@ -9,6 +9,10 @@ from .runs import Record, Run, is_number, is_run, read_json, read_run, read_yaml
 from .statistics import Estimate, over_seeds
 
 RESULTS, SETTINGS = "results.parquet", "compare.yaml"
+COLUMNS = (
+    *("method", "setting", "seed", "split", "step", "documents", "train_seconds"),
+    *("measure", "length", "mean", "selected"),
+)
 PLACES = {"step": "step", "documents": "documents", "seconds": "train_seconds"}
 
 
@@ -33,9 +37,12 @@ class Comparison:
         return [row for row in self.rows if row["selected"] and row["split"] == split and is_number(row["mean"])]
 
     def selected_cells(self) -> list[Run]:
-        """The runs whose numbers are shown: those of the selected settings, or all while none is selected."""
+        """The runs whose numbers are shown: those of the selected settings, and all of methods not measured yet."""
         chosen = {(row["method"], row["setting"]) for row in self.rows if row["selected"]}
-        return [run for run, cell in self.cells if not chosen or (cell.get("method"), cell.get("setting")) in chosen]
+        known = {method for method, _ in chosen}
+        return [
+            run for run, cell in self.cells if run.method not in known or (run.method, cell.get("setting")) in chosen
+        ]
 
     def curve_split(self) -> str:
         """The split that is measured during training: the validation data, where there are any."""
@@ -53,15 +60,33 @@ def is_comparison(folder: Path) -> bool:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Read a comparison folder; what is missing or half-written is left out."""
+    """Read a comparison folder; what is missing or half-written is left out.
+
+    Raises:
+        ValueError: The table of results is another one.
+    """
+    rows = _read_rows(folder / RESULTS)
+    chosen = {row["method"] for row in rows if row["selected"]}
+    open_settings = {(row["method"], row["setting"]) for row in rows if row["method"] not in chosen}
+
+    def name(method: str, setting: Any) -> str:
+        """Before one of its settings is chosen, each of them stands for itself."""
+        several = sum(other == method for other, _ in open_settings) > 1
+        return f"{method} ({setting})" if several else method
+
+    rows = [
+        row
+        | {"method": name(row["method"], row["setting"]), "selected": row["selected"] or row["method"] not in chosen}
+        for row in rows
+    ]
     cells = []
     for path in sorted((folder / "cells").glob("*")):
         cell = read_json(path / "cell.json")
         if cell or is_run(path):
             method = cell.get("method")
-            run = read_run(path, path.name, method if isinstance(method, str) else None, cell.get("seed"))
-            cells.append((run, cell))
-    return Comparison(folder, read_yaml(folder / SETTINGS), _read_rows(folder / RESULTS), cells)
+            method = name(method, cell.get("setting")) if isinstance(method, str) else None
+            cells.append((read_run(path, path.name, method, cell.get("seed")), cell))
+    return Comparison(folder, read_yaml(folder / SETTINGS), rows, cells)
 
 
 def _read_rows(path: Path) -> list[Record]:
@@ -69,9 +94,13 @@ def _read_rows(path: Path) -> list[Record]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
     except (FileNotFoundError, pa.ArrowInvalid):
         return []
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path}: the columns {missing} are missing: name the folder of a comparison")
+    return table.to_pylist()
 
 
 def methods_of(rows: Iterable[Record]) -> list[str]:

@@ -1,6 +1,6 @@
 """The rollouts of a run's logged steps as the viewer reads them, grouped by context."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,10 @@ def steps_of(runs: Sequence[Run], most: int) -> Iterator[tuple[Record, list[Reco
     files = spread(files, most)
     left, left_files = most, len(files)
     for run, step, path in files:
-        contexts = read_contexts(path)
-        in_each = max((len(context["rollouts"]) for context in contexts), default=1)
-        kept = spread(contexts, max(1, left // left_files // in_each))
+        count, kept = read_contexts(path, left // left_files)
         left, left_files = left - sum(len(context["rollouts"]) for context in kept), left_files - 1
         if kept:
-            yield {"run": run.name, "step": step, "contexts": len(contexts), "kept": len(kept)}, kept
+            yield {"run": run.name, "step": step, "contexts": count, "kept": len(kept)}, kept
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -44,40 +42,50 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_contexts(path: Path) -> list[Record]:
-    """A file's contexts with their rollouts; none of a file that is damaged or gone since its folder was listed.
+def read_contexts(path: Path, most: int) -> tuple[int, list[Record]]:
+    """How many contexts a file has, and some of them with all their rollouts, in the file's order.
 
-    Files of earlier versions lack the texts and log-probs of tokens: then the completion is one text without color.
+    Of a file that is damaged, or gone since its folder was listed, there are none.
+
+    Args:
+        path: Of `rollouts/step_*.parquet`.
+        most: Rollouts to read, evenly spread; at least one context is.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path).to_pylist()
+        table = pq.read_table(path)
     except (OSError, pa.ArrowException):
-        return []
-    groups: dict[tuple[int, int], Record] = {}
+        return 0, []
+    places: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(*(table[name].to_pylist() for name in ("document_id", "block")), strict=True)):
+        places.setdefault(key, []).append(row)
+    largest = max(map(len, places.values()), default=1)
+    kept = spread(list(places.values()), max(1, most // largest))
+    return len(places), [_context(table.take(rows).to_pylist()) for rows in kept]
+
+
+def _context(rows: list[Record]) -> Record:
+    """One context and its rollouts.
+
+    Files of earlier versions lack the texts and log-probs of tokens: then the completion is one text without color.
+    """
+    rollouts = []
     for row in rows:
-        group = groups.setdefault(
-            (row["document_id"], row["block"]),
-            {
-                "document": row["document_id"],
-                "block": row["block"],
-                "context": row["context"],
-                "reference": row["reference"],
-                "loss": _short(row["feature_matching_loss"]),
-                "rollouts": [],
-            },
-        )
-        numbers = {name: _short(row[name]) for name in NUMBERS}
         tokens, log_probs = row.get("token_texts") or [row["completion"]], row.get("token_log_probs") or []
-        group["rollouts"].append({"tokens": tokens, "log_probs": list(_all_short(log_probs)), **numbers})
-    return list(groups.values())
+        numbers = {name: _short(row[name]) for name in NUMBERS}
+        rollouts.append({"tokens": tokens, "log_probs": [round(value, 2) for value in log_probs], **numbers})
+    first = rows[0]
+    return {
+        "document": first["document_id"],
+        "block": first["block"],
+        "context": first["context"],
+        "reference": first["reference"],
+        "loss": _short(first["feature_matching_loss"]),
+        "rollouts": rollouts,
+    }
 
 
 def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
-
-
-def _all_short(values: Iterable[float]) -> Iterator[float]:
-    return (round(value, 2) for value in values)

@@ -52,7 +52,7 @@ def result_tables(sources: Sources) -> list[Table]:
             mine = [row for row in rows if (row["measure"], row["length"]) == (measure, length)]
             name = measure if length is None else f"{measure}, length {length}"
             lines.append([name, *(_estimate(mine, method) for method in methods)])
-        note = "Mean over seeds [95 % t-interval over seeds], of the setting chosen on validation data: " + "; ".join(
+        note = "Mean over seeds and 95 % t-interval over seeds. Settings: " + "; ".join(
             f"{method} {', '.join(_settings(rows, method))}" for method in methods
         )
         tables.append(_table(f"{prefix}Results on {split} data", ["measure", *methods], lines, note))

@@ -10,11 +10,12 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .config import EBFTConfig
+if TYPE_CHECKING:  # at run time it would bring transformers along, and `ebft report` reads these files without
+    from .config import EBFTConfig
 
 METRICS, TIMING, SETTINGS = "metrics.jsonl", "timing.jsonl", "resolved_config.yaml"
 CLOCK = ("step_time", "tokens_per_second")
@@ -167,11 +168,13 @@ DECISIVE = (
 )
 
 
-def settings_of(args: EBFTConfig) -> dict[str, Any]:
+def settings_of(args: "EBFTConfig") -> dict[str, Any]:
     """The settings that make a run what it is: all of ours, transformers' that decide it or differ from its defaults.
 
     Tokens and keys are left out. The result can be given to `ebft train --config` again.
     """
+    from .config import EBFTConfig
+
     ours = set(EBFTConfig.__annotations__)
     out = {}
     for spec in dataclasses.fields(EBFTConfig):

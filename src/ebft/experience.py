@@ -14,6 +14,7 @@ from .rewards import Gram, Rewards, loss_from_gram, rewards_from_gram
 from .rollout import Rollouts
 
 CONTEXT_TOKENS = 64  # of the prefix that are written beside a rollout
+UNFINISHED = "\ufffd"  # what tokenizers write for a part of a character
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,8 @@ def rollout_rows(
     per_rollout["advantage"] = advantages.mean(-1) if advantages.ndim == 4 else advantages
     per_rollout["log_prob"] = experience.rollouts.log_probs.sum(-1)
     numbers = {k: v.double().cpu() for k, v in per_rollout.items()}
+    token_log_probs = experience.rollouts.log_probs.float().cpu()
+    texts: dict[int, str] = {}
     loss = loss_from_gram(experience.gram, unbiased=tokens.shape[2] > 1).cpu()
     loss = loss.mean(-1) if loss.ndim == 3 else loss
     input_ids, documents = inputs["input_ids"].cpu(), inputs["document_ids"].cpu()
@@ -82,10 +85,44 @@ def rollout_rows(
             "feature_matching_loss": float(loss[b, k]),
         }
         for n in range(tokens.shape[2]):
+            token_ids = tokens[b, k, n].tolist()
             row = {
                 "rollout": n,
-                "completion": tokenizer.decode(tokens[b, k, n]),
-                "token_ids": tokens[b, k, n].tolist(),
+                "completion": tokenizer.decode(token_ids),
+                "token_ids": token_ids,
+                "token_texts": token_texts(token_ids, tokenizer, texts),
+                "token_log_probs": token_log_probs[b, k, n].tolist(),
             }
             rows.append(shared | row | {name: float(value[b, k, n]) for name, value in numbers.items()})
     return rows
+
+
+def token_texts(token_ids: list[int], tokenizer, known: dict[int, str]) -> list[str]:
+    """What each token adds to the text: joined, they are the decoded completion.
+
+    A token that ends inside a character adds nothing, and the one that completes it the whole character.
+
+    Args:
+        token_ids: Of one completion.
+        tokenizer: Decodes them.
+        known: Texts of single tokens decoded before; added to. Most tokens always mean the same text, and decoding
+            each of them only once is what keeps this cheap.
+    """
+    whole = tokenizer.decode(token_ids)
+    for token in token_ids:
+        if token not in known:
+            known[token] = tokenizer.decode([token])
+    texts = [known[token] for token in token_ids]
+    if "".join(texts) == whole and UNFINISHED not in whole:
+        return texts
+    # Characters of several tokens, or a tokenizer that trims a text's first space: look at what each token changes.
+    # Texts are compared from `start` on, the token before the last that was told, for the time to grow linearly.
+    texts, start, told = [], 0, 0
+    for end in range(1, len(token_ids) + 1):
+        before, now = tokenizer.decode(token_ids[start:told]), tokenizer.decode(token_ids[start:end])
+        if now.endswith(UNFINISHED) and end < len(token_ids):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, told = told, end
+    return texts

@@ -16,6 +16,7 @@ VERBS = {
     "train": "fine-tune a model on your documents",
     "evaluate": "measure models side by side on held-out documents and tasks",
     "compare": "train and measure methods side by side, over seeds",
+    "report": "show runs in one HTML file: curves, tables and their rollouts",
     "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }
@@ -25,6 +26,7 @@ EXTRAS = {
     "bitsandbytes": "quantization",
     "lm-eval": "lm-eval",
     "matplotlib": "plot",
+    "plotly": "report",
     "sacrebleu": "translation",
     "tensorboard": "tensorboard",
     "wandb": "wandb",

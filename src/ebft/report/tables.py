@@ -1,0 +1,129 @@
+"""The tables of a report: what the runs are, their last metrics, final results with intervals, and what failed."""
+
+import math
+from typing import Any
+
+import yaml
+
+from .comparison import at_the_end, measures_of, methods_of
+from .runs import Record, Run, is_number
+from .sources import Sources
+
+Table = dict[str, Any]
+
+ABOUT = ("run", "method", "seed", "model", "data", "steps", "documents", "state")
+MOST_RUNS = 24  # columns of a table
+
+
+def run_table(sources: Sources) -> Table:
+    """A line per run: what is trained on what, with which method, and how far it has come."""
+    states = {id(run): cell for _, comparison in sources.comparisons for run, cell in comparison.cells}
+    rows = []
+    for run in sources.runs:
+        last, of = max(run.records, default=0), run.settings.get("max_steps")
+        steps = f"{last} of {of}" if is_number(of) and of > 0 else str(last)
+        cell = states.get(id(run), {})
+        documents = run.places()[last]["documents"] if run.records else 0
+        settings = [run.settings.get(name) for name in ("model_name_or_path", "dataset_name")]
+        state = cell.get("status") or ("done" if run.finished else "running, or stopped")
+        rows.append([run.name, run.method, run.seed, *map(_plain, settings), steps, documents, _plain(state)])
+    return _table("Runs", list(ABOUT), rows)
+
+
+def metric_table(sources: Sources) -> Table:
+    """The last value of every metric, a column per run."""
+    runs = [run for group in sources.groups for run in group.runs][:MOST_RUNS]
+    last = {run.name: run.last() for run in runs}
+    keys = dict.fromkeys(key for record in last.values() for key in record if key != "step")
+    note = "Values of the last step logged. Those that start with eval_ are of the last evaluation on held-out data."
+    rows = [[key, *(_plain(last[run.name].get(key)) for run in runs)] for key in keys]
+    return _table("Last metrics", ["metric", *(run.name for run in runs)], rows, note)
+
+
+def result_tables(sources: Sources) -> list[Table]:
+    """Of every comparison, the final numbers of each method's selected setting: mean over seeds, 95 % t-interval."""
+    tables = []
+    for prefix, comparison in sources.comparisons:
+        split = comparison.final_split()
+        rows = comparison.selected(split)
+        methods = methods_of(rows)
+        lines: list[list[Any]] = []
+        for measure, length in measures_of(rows):
+            mine = [row for row in rows if (row["measure"], row["length"]) == (measure, length)]
+            name = measure if length is None else f"{measure}, length {length}"
+            lines.append([name, *(_estimate(mine, method) for method in methods)])
+        note = "Mean over seeds and 95 % t-interval over seeds. Settings: " + "; ".join(
+            f"{method} {', '.join(_settings(rows, method))}" for method in methods
+        )
+        tables.append(_table(f"{prefix}Results on {split} data", ["measure", *methods], lines, note))
+    return [table for table in tables if table["rows"]]
+
+
+def failure_tables(sources: Sources) -> list[Table]:
+    """Of every comparison, the cells that failed, with their errors."""
+    tables = []
+    for prefix, comparison in sources.comparisons:
+        failed = [(run, cell) for run, cell in comparison.cells if cell.get("status") == "failed"]
+        rows = [
+            [*(_plain(cell.get(name)) for name in ("method", "setting", "seed")), run.name, _plain(cell.get("error"))]
+            for run, cell in failed
+        ]
+        if rows:
+            columns = ["method", "setting", "seed", "cell", "error"]
+            tables.append(_table(f"{prefix}Failed cells", columns, rows))
+    return tables
+
+
+def setting_tables(sources: Sources) -> list[Table]:
+    """All settings, those that differ between the runs first; and what each comparison was asked for."""
+    runs = sources.runs[:MOST_RUNS]
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    rows = [[key, *(_plain(run.settings.get(key)) for run in runs)] for key in keys]
+    differ = [row for row in rows if any(value != row[1] for value in row[1:])]
+    note = f"The first {len(differ)} differ between the runs." if differ else ""
+    rows = differ + [row for row in rows if row not in differ]
+    tables = [_table("Settings", ["setting", *(run.name for run in runs)], rows, note)]
+    for prefix, comparison in sources.comparisons:
+        asked = [[key, _plain(value)] for key, value in comparison.settings.items()]
+        tables.append(_table(f"{prefix}Settings of the comparison", ["setting", "value"], asked))
+    return [table for table in tables if table["rows"]]
+
+
+def commands(sources: Sources) -> list[str]:
+    """How to run each plain run again."""
+    in_comparison = {id(run) for _, comparison in sources.comparisons for run, _ in comparison.cells}
+    runs = [run for run in sources.runs if id(run) not in in_comparison and run.settings]
+    return [_command(run) for run in runs]
+
+
+def _command(run: Run) -> str:
+    import shlex
+
+    config = shlex.quote(str(run.path / "resolved_config.yaml"))
+    return f"ebft train --config {config} --output_dir {shlex.quote(f'{run.path}-again')}"
+
+
+def _estimate(rows: list[Record], method: str) -> dict[str, Any] | None:
+    mine = [row for row in rows if row["method"] == method]
+    if not mine:
+        return None
+    return {key: _plain(value) for key, value in at_the_end(mine)._asdict().items()}
+
+
+def _settings(rows: list[Record], method: str) -> list[str]:
+    return list(dict.fromkeys(row["setting"] or "as it is" for row in rows if row["method"] == method))
+
+
+def _plain(value: Any) -> str | float | int | None:
+    """A value as a table's cell: numbers stay numbers, unless JSON has none like them."""
+    if value is None or isinstance(value, str):
+        return value
+    if is_number(value):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (dict, list)):
+        return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+    return str(value)
+
+
+def _table(title: str, columns: list[str], rows: list[list[Any]], note: str = "") -> Table:
+    return {"title": title, "columns": columns, "rows": rows, "note": note}

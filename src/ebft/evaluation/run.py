@@ -55,7 +55,7 @@ def evaluation_of(config: EvaluationConfig, console: Console | None = None) -> E
         return _evaluate(session)
 
 
-def _evaluate(session: Session) -> list[Row]:
+def _evaluate(session: Session) -> Evaluation:
     """Measure and report, in a folder that is this call's own."""
     config = session.config
     report.check_folder(session.folder, asdict(config))

@@ -29,14 +29,14 @@ TASK: Habits = {
 PRETRAIN: Habits = dict.fromkeys(TASK, 0.5)
 
 LONG = Shape(second_clause=0.5, time=0.4, place=0.4, adjective=0.4, new_words=True)
-SHORT = Shape(second_clause=0.1, time=0.2, place=0.2, adjective=0.3, new_words=False)
+SHORT = Shape(second_clause=0.2, time=0.3, place=0.3, adjective=0.3, new_words=False)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How many sentences of each split."""
 
-    pretrain: int = 12000
+    pretrain: int = 20000
     train: int = 3000
     train_small: int = 300
     validation: int = 100

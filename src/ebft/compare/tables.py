@@ -135,21 +135,21 @@ def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[A
             stacked = np.stack([found for found in differences if found is not None])  # seeds, units, lengths
             for index, length in enumerate(axes.get(measure, (None,))):
                 about = {"split": split, "model": f"{other} - {one}", "measure": measure, "length": length}
-                about |= t_interval(np.nanmean(stacked[:, :, index], axis=1).tolist())
+                about |= t_interval(stacked[:, :, index].mean(1).tolist())
                 rows.append(about | {"p_value": sign_flip(stacked[:, :, index].mean(0))})
     return rows
 
 
 def unit_differences(new: Means, old: Means, measure: str) -> np.ndarray | None:
-    """Differences of each unit's value [units, lengths] that both have; None where their units are not the same."""
-    if measure not in old or not np.array_equal(new[measure].counts > 0, old[measure].counts > 0):
+    """Differences [units, lengths] of what each unit adds to the mean; None where units or counts are not the same."""
+    if measure not in old or not np.array_equal(new[measure].counts, old[measure].counts):
         return None
-    values = []
-    for found in (new[measure], old[measure]):
-        counts = found.counts.numpy()
-        sums = found.sums.reshape(len(counts), -1).numpy()[counts > 0]
-        values.append(sums / counts[counts > 0, None])
-    return values[0] - values[1]
+    counts = new[measure].counts.numpy()
+    there = counts > 0
+    if not there.any():
+        return None
+    sums = (new[measure].sums - old[measure].sums).reshape(len(counts), -1).numpy()
+    return sums[there] / counts[there].mean()
 
 
 def sign_flip(differences: np.ndarray) -> float:

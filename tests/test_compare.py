@@ -1,0 +1,277 @@
+"""`ebft compare`: cells that survive each other, choice on validation data, tables over seeds, and what it refuses."""
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from ebft.cli import main
+from ebft.compare import tables
+from ebft.compare.cells import Cell, cells_of
+from ebft.compare.config import CompareConfig
+from ebft.compare.workers import last_line
+from ebft.evaluation.intervals import DocumentMean
+from tiny import byte_bpe_tokenizer
+from tiny_models import tiny_model
+
+WORDS = ("one", "two", "three", "four")
+REWARD = "def reward(prompts, completions, **columns):\n    {body}\n"
+BROKEN = REWARD.format(body="raise KeyError('no such luck')")
+MENDED = REWARD.format(body="return [float(len(text)) for text in completions]")
+CE = "cross_entropy/answer"
+
+
+def write(path: Path, count: int, start: int) -> None:
+    rows = [
+        {"prompt": f"count {WORDS[i % 4]} and then {i}:", "completion": f" {WORDS[(i + 1) % 4]} {WORDS[(i + 2) % 4]}"}
+        for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A model, three splits, a reward that fails, and what is to be compared."""
+    folder, tokenizer = tmp_path_factory.mktemp("compare"), byte_bpe_tokenizer()
+    tiny_model(seed=0, vocab_size=len(tokenizer), dtype=torch.float32).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name, count, start in (("train", 12, 0), ("validation", 4, 100), ("test", 5, 200)):
+        write(folder / f"{name}.jsonl", count, start)
+    (folder / "reward_of_mine.py").write_text(BROKEN)
+    evaluation = {"metrics": ["cross_entropy"]}
+    features = {"lengths": [1, 2], "context_length": 3, "num_generations": 2, "contexts_per_document": 1}
+    config = {
+        "model_name_or_path": "base",
+        "dataset_name": "train.jsonl",
+        "documents": 16,
+        "seeds": [3, 4],
+        "checkpoints": 2,
+        "workers": 2,
+        "output_dir": "out",
+        "train": {"max_length": 64, "use_cpu": True, "per_device_train_batch_size": 4, "disable_tqdm": True}
+        | {"gradient_accumulation_steps": 1},
+        "methods": {
+            "sft": {"grid": {"learning_rate": [1e-2]}},
+            "rlvr": {"reward": "reward_of_mine.reward", "max_completion_length": 4, "grid": {"learning_rate": [1e-4]}},
+            "ebft": {"stride": 4, "completion_length": 2, "context_length": 4, "grid": {"learning_rate": [1e-2]}},
+        },
+        "validation": {"dataset_name": "validation.jsonl", **evaluation},
+        "test": {"dataset_name": "test.jsonl", "metrics": ["cross_entropy", "feature_matching"], **features},
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    return workplace
+
+
+@pytest.fixture(scope="module")
+def compared(workplace, tmp_path_factory):
+    """The comparison, run twice: with a reward that fails, then with one that does not; what was said and written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        patch.setenv("PYTHONPATH", str(workplace))
+        first = main(["compare", "--config", "c.yaml"])
+        states = {path.parent.name: json.loads(path.read_text()) for path in Path("out/cells").glob("*/cell.json")}
+        summary = pq.read_table("out/summary.parquet").to_pylist()
+        (workplace / "reward_of_mine.py").write_text(MENDED)
+        before = {path: path.stat().st_mtime_ns for path in Path("out/cells").glob("[se]*/checkpoint-*/*.safetensors")}
+        second = main(["compare", "--config", "c.yaml"])
+        after = {path: path.stat().st_mtime_ns for path in before}
+    return {"first": first, "second": second, "states": states, "summary": summary, "untouched": before == after}
+
+
+def test_a_run_that_fails_does_not_stop_the_others(compared):
+    assert compared["first"] == 2
+    states = compared["states"]
+    assert {name: state["status"] for name, state in states.items()} == {
+        f"{method}-learning_rate={rate}-seed{seed}": status
+        for (method, rate, status), seed in product(
+            [("sft", 0.01, "done"), ("rlvr", 0.0001, "failed"), ("ebft", 0.01, "done")], [3, 4]
+        )
+    }
+    assert all("no such luck" in state["error"] for state in states.values() if state["status"] == "failed")
+    assert {row["model"] for row in compared["summary"]} == {"base", "sft", "ebft"}
+
+
+def test_the_same_command_tries_failed_runs_again_and_no_others(compared, workplace):
+    assert compared["second"] == 0 and compared["untouched"]
+    rows = pq.read_table(workplace / "out" / "summary.parquet").to_pylist()
+    assert {row["model"] for row in rows} == {"base", "sft", "rlvr", "ebft"}
+
+
+def test_numbers_are_those_of_the_runs(compared, workplace):
+    with open(workplace / "out" / "summary.csv", newline="") as file:
+        summary = {(row["model"], row["measure"], row["length"]): row for row in csv.DictReader(file)}
+    for method, rate in (("sft", "0.01"), ("ebft", "0.01"), ("rlvr", "0.0001")):
+        found = []
+        for seed in (3, 4):
+            path = workplace / "out" / "cells" / f"{method}-learning_rate={rate}-seed{seed}" / "test" / "results.json"
+            (row,) = (row for row in json.loads(path.read_text())["results"] if row["measure"] == CE)
+            found.append(row["mean"])
+        row, half = summary[method, CE, ""], 12.7062 * abs(found[0] - found[1]) / 2  # t(0.975; 1), standard error
+        assert float(row["mean"]) == pytest.approx(np.mean(found))
+        assert float(row["high"]) - float(row["mean"]) == pytest.approx(half, rel=1e-4, abs=1e-9)
+        assert (row["units"], float(row["documents"]) in (8.0, 16.0)) == ("2", True)
+        assert float(row["train_seconds"]) > 0
+    assert float(summary["sft", CE, ""]["mean"]) < float(summary["base", CE, ""]["mean"]) - 0.1
+    assert ("sft", "feature_matching_loss", "2") in summary
+
+
+def test_differences_are_paired_and_tested(compared, workplace):
+    pairs = pq.read_table(workplace / "out" / "paired.parquet").to_pylist()
+    (row,) = (row for row in pairs if (row["model"], row["measure"]) == ("sft - base", CE))
+    summary = pq.read_table(workplace / "out" / "summary.parquet").to_pylist()
+    means = {row["model"]: row["mean"] for row in summary if row["measure"] == CE}
+    assert row["mean"] == pytest.approx(means["sft"] - means["base"])
+    assert row["p_value"] == pytest.approx(2 / 2**5, abs=0.02)  # all five differ in one direction
+    assert {"rlvr - sft", "ebft - sft", "ebft - rlvr"} <= {row["model"] for row in pairs}
+
+
+def test_validation_alone_chooses(compared, workplace):
+    rows = pq.read_table(workplace / "out" / "results.parquet").to_pylist()
+    chosen = yaml.safe_load((workplace / "out" / "chosen.yaml").read_text())
+    assert chosen["chosen_by"] == "cross_entropy/answer, on validation data, mean over seeds"
+    for method in ("sft", "ebft", "rlvr"):
+        by_part: dict[int, list[float]] = {}
+        for row in rows:
+            if (row["method"], row["measure"], row["split"]) == (method, CE, "validation"):
+                by_part.setdefault(row["part"], []).append(row["mean"])
+        best = min(by_part, key=lambda part: np.mean(by_part[part]))
+        assert chosen[method]["part"] == best and len(by_part) == 2
+        assert {row["part"] for row in rows if row["method"] == method and row["split"] == "test"} == {best}
+    steps = {(row["part"], row["step"], row["documents"]) for row in rows if row["method"] == "ebft"}
+    assert steps == {(1, 2, 8), (2, 4, 16)}
+
+
+def test_a_report_shows_the_comparison(compared, here):
+    pytest.importorskip("plotly")
+    assert main(["report", "out", "--output_file", "report.html"]) == 0
+    assert "sft" in Path("report.html").read_text()
+
+
+def test_other_settings_are_not_mixed(compared, here, capsys):
+    config = yaml.safe_load(Path("c.yaml").read_text())
+    config["train"]["max_length"] = 32
+    Path("other.yaml").write_text(yaml.safe_dump(config))
+    assert main(["compare", "--config", "other.yaml"]) == 2
+    assert "was begun with other settings (max_length 64 -> 32)" in capsys.readouterr().err
+    write(here / "train.jsonl", 13, 0)
+    assert main(["compare", "--config", "c.yaml"]) == 2
+    assert "was begun with other settings (the training data)" in capsys.readouterr().err
+    write(here / "train.jsonl", 12, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {}}, "methods: missing"),
+        ({"documents": None}, "documents, train_seconds: give one of them"),
+        ({"train_seconds": 3.0}, "documents, train_seconds: give one of them"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1]: give different numbers"),
+        ({"checkpoint": "first"}, "checkpoint='first': use best or last"),
+        ({"methods": {"ppo": {}}}, "methods.ppo.method='ppo': use one of ebft, sft, rlvr"),
+        ({"methods": {"base": {}}}, "methods.base: make the name"),
+        ({"methods": {"sft": {"grid": {"learning_rate": [1, 2]}}, "ebft": {}}}, "(sft 2, ebft 1): tune all alike"),
+        ({"methods": {"sft": {"grid": {"learning_rate": 1}}}}, "methods.sft.grid.learning_rate=1: give a list"),
+        ({"methods": {"sft": {"seed": 1}}}, "methods.sft.seed: the comparison sets it"),
+        ({"methods": {"sft": {"grid": {"max_steps": [1]}}}}, "methods.sft.max_steps: the comparison sets it"),
+        ({"methods": {"sft": {"stride": 4, "learning_rate": "fast"}}}, "learning_rate: invalid"),
+        ({"methods": {"sft": {"lerning_rate": 1}}}, "unknown option lerning_rate; did you mean learning_rate?"),
+        ({"methods": {"rlvr": {}}}, "methods.rlvr (no grid): reward: missing"),
+        ({"validation": {"dataset": "x"}}, "validation.dataset: no option of ebft evaluate"),
+        ({"test": {"dataset_name": "validation.jsonl", "metrics": ["cross_entropy"]}}, "test: the same data as"),
+        ({"test": {"dataset_name": "test.jsonl", "metrics": ["bleu"]}}, "test: metrics=['bleu']"),
+        ({"select": "accuracy"}, "select='accuracy', select_length=None: not measured on the validation data"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(compared, here, tmp_path, capsys, change, message):
+    config = yaml.safe_load(Path("c.yaml").read_text())
+    # What only the results can tell is asked of a comparison that is done.
+    config["output_dir"] = "out" if "select" in change else str(tmp_path / "new")
+    config = {key: value for key, value in {**config, **change}.items() if value is not None}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert main(["compare", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "new").glob("cells/*/metrics.jsonl"))
+
+
+def test_budgets_are_equal_for_all_methods():
+    common = {"model_name_or_path": "m", "dataset_name": "d", "validation": {"a": 1}, "test": {"b": 1}}
+    methods = {
+        "sft": {"grid": {"learning_rate": ["1e-5", "1e-4"]}},
+        "mine": {"method": "ebft", "grid": {"ce_coef": [0, 1]}},
+    }
+    config = CompareConfig(**common, methods=methods, documents=100, seeds=[7], checkpoints=3)
+    cells = cells_of(config)
+    assert {(cell.options["max_steps"], cell.options["save_steps"]) for cell in cells} == {(7, 3)}
+    assert [cell.options["method"] for cell in cells] == ["sft", "sft", "ebft", "ebft"]
+    assert [cell.setting for cell in cells] == ["learning_rate=1e-5", "learning_rate=1e-4", "ce_coef=0", "ce_coef=1"]
+    by_clock = cells_of(CompareConfig(**common, methods=methods, train_seconds=60, checkpoints=3))
+    assert {(c.options["max_train_seconds"], c.options["save_seconds"]) for c in by_clock} == {(60.0, 20.0)}
+
+
+def test_a_training_by_the_clock_is_over_when_its_last_checkpoint_says_so(tmp_path):
+    cell = Cell("sft", "", 0, {"max_train_seconds": 10.0, "max_steps": 10**9}, tmp_path)
+    for spent, over in ((9.9, False), (10.1, True)):
+        folder = tmp_path / f"checkpoint-{int(spent * 10)}"
+        folder.mkdir()
+        clock = {"TimeBudget": {"args": {}, "attributes": {"spent": spent}}}
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "stateful_callbacks": clock}))
+        assert cell.is_trained() == over
+
+
+def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():
+    config = CompareConfig(
+        model_name_or_path="m", dataset_name="d", methods={"sft": {}}, documents=1, validation={"a": 1}, test={"b": 1}
+    )
+    values = {("a", 1): (1.0, 3.0), ("a", 2): (2.5, 2.5), ("b", 1): (2.1, 1.8), ("b", 2): (0.1,)}
+    rows = [
+        {"method": "sft", "setting": s, "seed": i, "part": p, "measure": CE, "length": None, "mean": v}
+        for (s, p), found in values.items()
+        for i, v in enumerate(found)
+    ]
+    assert tables.choose(config, rows) == {"sft": ("b", 1)}
+    config.checkpoint = "last"
+    assert tables.choose(config, [row for row in rows if row["setting"] == "a"]) == {"sft": ("a", 2)}
+    config.checkpoint, config.select = "best", "code/greedy/pass@1"
+    found = [row | {"measure": config.select} for row in rows]
+    assert tables.choose(config, found) == {"sft": ("a", 2)}
+
+
+def test_intervals_and_sign_flips():
+    values = [0.3, 0.5, 0.9]
+    interval = stats.ttest_1samp(values, 0.0).confidence_interval()
+    found = tables.t_interval(values)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert tables.t_interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "units": 1}
+    differences = np.array([0.5, 1.0, -0.25, 0.75, 2.0, -0.5, 0.125, 1.5])
+    flips = np.array(list(product([-1, 1], repeat=8))) @ differences
+    assert tables.sign_flip(differences) == pytest.approx((np.abs(flips) >= differences.sum()).mean(), abs=1e-9)
+    assert tables.sign_flip(np.zeros(4)) == 1.0
+
+
+def test_units_are_paired_where_both_have_a_number():
+    counts = torch.tensor([2.0, 0.0, 4.0])
+    new = {"m": DocumentMean(torch.tensor([4.0, 0.0, 4.0]), counts)}
+    old = {"m": DocumentMean(torch.tensor([2.0, 0.0, 8.0]), counts)}
+    assert tables.unit_differences(new, old, "m").tolist() == [[2 / 3], [-4 / 3]]
+    other = {"m": DocumentMean(torch.tensor([2.0, 1.0, 8.0]), torch.ones(3))}
+    assert tables.unit_differences(new, other, "m") is None and tables.unit_differences(new, {}, "m") is None
+
+
+def test_the_last_line_of_a_log(tmp_path):
+    (tmp_path / "log.txt").write_text("Traceback\nValueError: x=1 is bad\n\n")
+    assert last_line(tmp_path / "log.txt") == "ValueError: x=1 is bad"
+    assert last_line(tmp_path / "none") == ""

@@ -1,6 +1,7 @@
 """Refuses, before anything is trained, options that `ebft train` or `ebft evaluate` would refuse later."""
 
 import difflib
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
             try:
                 parse(["--config", str(cell.folder / TRAIN)])
             except ValueError as error:
-                text = str(error).removeprefix(f"{cell.folder / TRAIN}:")
+                text = re.sub(rf"^{re.escape(str(cell.folder / TRAIN))}:\d+: ", "", str(error))  # a file of ours
                 raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
 
 

@@ -17,8 +17,6 @@ POCKET = sorted((RECIPES / "pocket").glob("*.yaml"))
 def test_recipe_of_a_comparison(path, tmp_path):
     config = CompareConfig(**yaml.safe_load(path.read_text()) | {"output_dir": str(tmp_path)})
     cells = cells_of(config)
-    for cell in cells:
-        cell.write()
     check_options(config, cells)
     assert len(config.seeds) >= 3
     for options in (config.validation, config.test, *config.more_tests.values()):

@@ -4,6 +4,9 @@ import difflib
 import re
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
 
 from ..evaluation.config import EvaluationConfig
 from .cells import TRAIN, Cell
@@ -26,13 +29,16 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
         evaluation_config(options, config.model_name_or_path, Path(config.output_dir) / "base", label)
     if config.test == config.validation:
         raise ValueError("test: the same data as validation, on which settings are chosen; hold out others.")
-    for cell in cells:
-        if cell.seed == config.seeds[0]:
-            try:
-                parse(["--config", str(cell.folder / TRAIN)])
-            except ValueError as error:
-                text = re.sub(rf"^{re.escape(str(cell.folder / TRAIN))}:\d+: ", "", str(error))  # a file of ours
-                raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / TRAIN
+        for cell in cells:
+            if cell.seed == config.seeds[0]:
+                path.write_text(yaml.safe_dump(cell.options), encoding="utf-8")
+                try:
+                    parse(["--config", str(path)])
+                except ValueError as error:
+                    text = re.sub(rf"^{re.escape(str(path))}:\d+: ", "", str(error))  # no file of the user's
+                    raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
 
 
 def evaluation_config(options: Options, model: str, folder: Path, label: str) -> EvaluationConfig:

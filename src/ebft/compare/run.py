@@ -38,8 +38,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> list[table
     """
     console, folder = console or Console(), Path(config.output_dir)
     cells = cells_of(config)
-    validation = _write(config, cells, folder)
     check_options(config, cells)
+    validation = _write(config, cells, folder)
     done = sum(cell.status()["status"] == "done" for cell in cells)
     console.print(f"{len(cells)} runs, {done} of them done: {_counts(config)}", highlight=False)
     _run_cells(config, cells, validation, console)

@@ -59,7 +59,8 @@ class Workers:
                 if cell.status()["status"] not in ("done", "failed"):
                     self.waiting.append(cell)
             elif code:
-                cell.set_status("failed", error=last_line(cell.folder / LOG) or f"ended with status {code}")
+                said = f"killed by signal {-code}" if code < 0 else last_line(cell.folder / LOG)
+                cell.set_status("failed", error=said or f"ended with status {code}")
             self.on_change(cell)
 
     def _next(self) -> Cell | None:

@@ -1,6 +1,7 @@
 """The command of the pocket tasks: its checks can fail, and its base model loads in plain transformers."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -28,6 +29,10 @@ def test_base_model_loads_and_writes(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     ids = tokenizer(rows(folder, "validation")[0]["prompt"], return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
+    untrained = AutoModelForCausalLM.from_pretrained(folder / "untrained")
+    assert AutoTokenizer.from_pretrained(folder / "untrained").get_vocab() == tokenizer.get_vocab()
+    losses = [network(**ids, labels=ids["input_ids"]).loss.item() for network in (model, untrained)]
+    assert losses[0] < losses[1] - 0.5 and abs(losses[1] - math.log(len(tokenizer))) < 1
     for name in ("train", "validation", "test"):
         check_boundary(name, rows(folder, name), tokenizer)
     assert json.loads((folder / "task.json").read_text())["seed"] == 3

@@ -104,7 +104,7 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     rows = [row for cell in done for row in tables.validation_rows(cell)]
     chosen = tables.choose(config, rows)
     for row in rows:
-        row["selected"] = chosen[row["method"]] == (row["setting"], row["part"])
+        row["selected"] = chosen[row["method"]][0] == row["setting"]
     (folder / CHOSEN).write_text(yaml.safe_dump(_said(config, chosen), sort_keys=False), encoding="utf-8")
     rows += tables.base_rows(_evaluate(config, config.validation, folder / "base" / "validation").rows, "validation")
     pairs: list[tables.Row] = []

@@ -1,7 +1,7 @@
 """From the measurements of all cells to the choice of settings and to tables with intervals over seeds.
 
 A row of the tidy table is one number: method, setting, seed, split, part (1 .. checkpoints), step, documents,
-train_seconds, measure, length, mean, low, high (over documents or problems), units, selected.
+train_seconds, measure, length, mean, low, high (over documents or problems), units, selected (its setting was chosen).
 """
 
 import json

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check(options)
         task, sizes = make(options)
-        artifacts = ["base", "task.json", *(f"{name}.jsonl" for name in task.files)]
+        artifacts = ["base", "untrained", "task.json", *(f"{name}.jsonl" for name in task.files)]
         prepare_folder(folder, options.overwrite, artifacts, "pocket task")
         quiet()
         base = SMOKE_BASE if options.smoke else BASES[options.task]
@@ -83,7 +83,7 @@ def run(folder: Path, task: Task, sizes: BaseSizes, about: dict[str, Any]) -> No
     tokenizer = train_tokenizer(texts, sizes.vocab_size)
     for name, rows in task.files.items():
         check_boundary(name, filter(is_document, rows), tokenizer)
-    seconds = train_base(folder / "base", texts, tokenizer, sizes, about["seed"])
+    seconds = train_base(folder, texts, tokenizer, sizes, about["seed"])
     write_about(folder, task, {**about, "base": asdict(sizes), "base_training_seconds": round(seconds, 1)})
     console.print(f"{folder}/base is trained, in {seconds:.0f} s; {folder}/task.json says what is what.")
 

@@ -28,7 +28,9 @@ SMOKE_BASE = BaseSizes(vocab_size=384, hidden_size=64, layers=2)
 def train_base(
     folder: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sizes: BaseSizes, seed: int
 ) -> float:
-    """Train a model on every token of the texts, and save it with its tokenizer in `folder`.
+    """Train a model on every token of the texts; saved with its tokenizer in `folder/base`, and in `folder/untrained`.
+
+    The untrained one is a feature network that has learned nothing, for comparison.
 
     Returns:
         Seconds of training.
@@ -36,6 +38,8 @@ def train_base(
     encoded: Any = tokenizer(list(texts))["input_ids"]
     documents = Dataset.from_dict({"input_ids": [[*tokens, tokenizer.eos_token_id] for tokens in encoded]})
     model = new_model(tokenizer, sizes.hidden_size, sizes.layers, seed)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "untrained")
     settings: dict[str, Any] = {
         "per_device_train_batch_size": sizes.batch_size,
         "gradient_accumulation_steps": 1,
@@ -43,4 +47,4 @@ def train_base(
         "lr_scheduler_type": "cosine",
         "seed": seed,
     }
-    return train(model, tokenizer, documents, folder, SFT, **settings)
+    return train(model, tokenizer, documents, folder / "base", SFT, **settings)

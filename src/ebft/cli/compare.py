@@ -32,6 +32,10 @@ several commands in one output_dir share the work.
 Written there: results.parquet and .csv (every number), summary.csv (means over seeds), paired.csv (differences),
 chosen.yaml, and cells/*, each a run of `ebft train` with its log.txt, which `ebft report` shows.
 
+examples:
+  python -m ebft.pocket qa_coding && ebft compare --config recipes/pocket/qa_coding.yaml --workers 2
+  ebft compare --config recipes/pocket/qa_coding.yaml --seeds 0 --output_dir runs/one_seed
+
   ebft compare --help-all    every option
 """
 
@@ -60,18 +64,11 @@ def run(argv: list[str]) -> None:
 
 
 def _compare(config: Any) -> None:
-    import warnings
-
-    import datasets
-    import transformers
-
+    from ebft.cli.quiet import quiet
     from ebft.compare.run import compare
 
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        compare(config)
+        with quiet():
+            compare(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None

@@ -60,18 +60,11 @@ def run(argv: list[str]) -> None:
 
 
 def _evaluate(config: Any) -> None:
-    import warnings
-
-    import datasets
-    import transformers
-
+    from ebft.cli.quiet import quiet
     from ebft.evaluation import evaluate
 
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        evaluate(config)
+        with quiet():
+            evaluate(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None

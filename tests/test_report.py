@@ -134,6 +134,11 @@ def test_before_a_setting_is_chosen_each_stands_for_itself(tmp_path):
     assert table_of(data, "results", "Results on validation")["cross_entropy/all"][names[-1]]["seeds"] == 1
 
 
+def test_a_comparison_can_be_run_again(comparison):
+    (command,) = report(comparison)["commands"]
+    assert command.startswith("ebft compare --config ") and "compare.yaml --output_dir" in command
+
+
 def test_another_table_is_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"method": "sft", "score": 1.0}]), tmp_path / "results.parquet")
     with pytest.raises(ValueError, match=r"results.parquet: the columns \['setting', .*'selected'\] are missing"):

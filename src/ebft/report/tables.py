@@ -1,12 +1,14 @@
 """The tables of a report: what the runs are, their last metrics, final results with intervals, and what failed."""
 
 import math
+import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .comparison import at_the_end, measures_of, methods_of
-from .runs import Record, Run, is_number
+from .comparison import SETTINGS, at_the_end, measures_of, methods_of
+from .runs import Record, is_number
 from .sources import Sources
 
 Table = dict[str, Any]
@@ -90,17 +92,17 @@ def setting_tables(sources: Sources) -> list[Table]:
 
 
 def commands(sources: Sources) -> list[str]:
-    """How to run each plain run again."""
+    """How to run each plain run and each comparison again."""
     in_comparison = {id(run) for _, comparison in sources.comparisons for run, _ in comparison.cells}
     runs = [run for run in sources.runs if id(run) not in in_comparison and run.settings]
-    return [_command(run) for run in runs]
+    found = [_command("train", run.path, "resolved_config.yaml") for run in runs]
+    compared = [comparison for _, comparison in sources.comparisons if comparison.settings]
+    return found + [_command("compare", comparison.path, SETTINGS) for comparison in compared]
 
 
-def _command(run: Run) -> str:
-    import shlex
-
-    config = shlex.quote(str(run.path / "resolved_config.yaml"))
-    return f"ebft train --config {config} --output_dir {shlex.quote(f'{run.path}-again')}"
+def _command(verb: str, path: Path, config: str) -> str:
+    again = shlex.quote(f"{path}-again")
+    return f"ebft {verb} --config {shlex.quote(str(path / config))} --output_dir {again}"
 
 
 def _estimate(rows: list[Record], method: str) -> dict[str, Any] | None:

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 from ebft.baselines.rewards import UnitTests, bleu, make_reward
 from ebft.baselines.rlvr import prompts_of
-from ebft.callbacks import TimeBudget
+from ebft.callbacks import TrainingClock
 from ebft.cli import main
+from ebft.compare.cells import Cell
 from ebft.data import load_documents, tokenize_documents
 from sandboxes import STRONGEST, sandbox
 from tiny import byte_bpe_tokenizer
@@ -195,13 +196,16 @@ def test_a_plan_is_of_ebft_alone(model, workplace, capsys):
 
 def test_a_budget_of_seconds_ends_the_training(model, workplace):
     for method in ("sft", "ebft"):
-        assert train(model, "--method", method, "--max_train_seconds", "1e-6", output=method, steps=9) == 0
+        clock = ("--max_train_seconds", "1e-6", "--save_seconds", "1e-6", "--save_steps", "999")
+        assert train(model, "--method", method, *clock, output=method, steps=9) == 0
         assert [record["step"] for record in metrics(method) if "grad_norm" in record] == [1]
+        cell = Cell(method, "", 0, {"max_train_seconds": 1e-6, "max_steps": 9}, Path(method))
+        assert [path.name for path in cell.checkpoints()] == ["checkpoint-1"] and cell.is_trained()
 
 
 def test_a_budget_goes_on_after_a_resume():
-    budget, state, control = TimeBudget(100.0), TrainerState(), TrainerControl()
-    state.stateful_callbacks = {"TimeBudget": {"args": {}, "attributes": {"spent": 99.999}}}  # type: ignore[reportAttributeAccessIssue]
+    budget, state, control = TrainingClock(100.0), TrainerState(), TrainerControl()
+    state.stateful_callbacks = {"TrainingClock": {"args": {}, "attributes": {"spent": 99.999}}}  # type: ignore[reportAttributeAccessIssue]
     state.global_step = 3
     budget.on_train_begin(None, state, control)
     budget.on_step_begin(None, state, control)

@@ -12,6 +12,7 @@ import torch
 import yaml
 from scipy import stats
 
+from ebft.callbacks import TrainingClock
 from ebft.cli import main
 from ebft.compare import tables
 from ebft.compare.cells import Cell, cells_of
@@ -218,6 +219,9 @@ def test_budgets_are_equal_for_all_methods():
     assert {(cell.options["max_steps"], cell.options["save_steps"]) for cell in cells} == {(7, 3)}
     assert [cell.options["method"] for cell in cells] == ["sft", "sft", "ebft", "ebft"]
     assert [cell.setting for cell in cells] == ["learning_rate=1e-5", "learning_rate=1e-4", "ce_coef=0", "ce_coef=1"]
+    larger = {"sft": {}, "mine": {"method": "ebft", "per_device_train_batch_size": 8}}
+    cells = cells_of(CompareConfig(**common, methods=larger, documents=100, seeds=[7], checkpoints=3))
+    assert [cell.options["max_steps"] for cell in cells] == [7, 4]  # of 16 and of 32 documents
     by_clock = cells_of(CompareConfig(**common, methods=methods, train_seconds=60, checkpoints=3))
     assert {(c.options["max_train_seconds"], c.options["save_seconds"]) for c in by_clock} == {(60.0, 20.0)}
 
@@ -227,7 +231,7 @@ def test_a_training_by_the_clock_is_over_when_its_last_checkpoint_says_so(tmp_pa
     for spent, over in ((9.9, False), (10.1, True)):
         folder = tmp_path / f"checkpoint-{int(spent * 10)}"
         folder.mkdir()
-        clock = {"TimeBudget": {"args": {}, "attributes": {"spent": spent}}}
+        clock = {TrainingClock.__name__: {"args": {}, "attributes": {"spent": spent}}}
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "stateful_callbacks": clock}))
         assert cell.is_trained() == over
 

@@ -45,8 +45,8 @@ class StepLine(ProgressCallback):
             self.training_bar.write(f"{'evaluation at ' if kind else ''}step {state.global_step}: " + ", ".join(shown))
 
 
-class TimeBudget(TrainerCallback, ExportableState):
-    """Ends the training after so many seconds of optimiser steps; evaluations and saves between them do not count.
+class TrainingClock(TrainerCallback, ExportableState):
+    """Ends a training, or saves, after so many seconds of optimiser steps; what happens between them does not count.
 
     Args:
         seconds: The budget; None for no end.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from trl import ModelConfig
 
 from ebft.cli.parser import ArgumentParser, read_flags
+from ebft.compare.config import METHODS
 from ebft.config import EBFTConfig
 
 
@@ -51,9 +52,6 @@ class DataArguments:
             )
         if size is not None and self.eval_dataset_name is not None:
             raise ValueError("eval_split_size, eval_dataset_name: both are given; keep one of them")
-
-
-METHODS = ("ebft", "sft", "rlvr")
 
 
 @dataclass

@@ -114,7 +114,7 @@ def build_trainer(arguments: Arguments) -> Trainer:
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ebft.callbacks import TimeBudget
+    from ebft.callbacks import TrainingClock
 
     training, model, method = arguments.training, arguments.model, arguments.method
     # resolved_config.yaml repeats the options as they were given, so that a flag can still override each of them.
@@ -126,7 +126,7 @@ def build_trainer(arguments: Arguments) -> Trainer:
     options |= {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
     trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
     if method.max_train_seconds is not None or method.save_seconds is not None:
-        trainer.add_callback(TimeBudget(method.max_train_seconds, method.save_seconds))
+        trainer.add_callback(TrainingClock(method.max_train_seconds, method.save_seconds))
     return trainer
 
 

@@ -87,7 +87,9 @@ class Cell:
         seconds = self.options.get("max_train_seconds")
         if seconds is None:
             return state["global_step"] >= self.options["max_steps"]
-        clock = state.get("stateful_callbacks", {}).get("TimeBudget")
+        from ..callbacks import TrainingClock
+
+        clock = state.get("stateful_callbacks", {}).get(TrainingClock.__name__)
         return clock is not None and clock["attributes"]["spent"] >= seconds
 
 
@@ -114,14 +116,22 @@ def _cell(config: CompareConfig, name: str, setting: Options, seed: int, data: s
     own = {key: value for key, value in config.methods[name].items() if key not in ("grid", "method")}
     options = {"method": config.method_of(name), "model_name_or_path": config.model_name_or_path}
     options |= {"dataset_name": config.dataset_name, **config.train, **own, **setting}
-    options |= {"seed": seed, "output_dir": str(folder), "logging_steps": 1, **_budget(config)}
+    options |= {"seed": seed, "output_dir": str(folder), "logging_steps": 1}
+    options |= _budget(config, documents_of_update(options))
     options["report_to"] = options.get("report_to", "none")
     return Cell(name, point, seed, options, folder, data)
 
 
-def _budget(config: CompareConfig) -> Options:
+def documents_of_update(options: Options) -> int:
+    """Documents of one update; EBFTConfig's defaults where the options do not say."""
+    sizes = (options.get(name, 4) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return math.prod(int(size) for size in sizes)
+
+
+def _budget(config: CompareConfig, batch: int) -> Options:
+    """What ends a run, and when it is measured; in documents, whatever the method's batch."""
     if config.documents is not None:
-        steps = math.ceil(config.documents / config.batch)
+        steps = math.ceil(config.documents / batch)
         return {"max_steps": steps, "save_steps": max(1, math.ceil(steps / config.checkpoints))}
     seconds = float(config.train_seconds or 0)
     return {

@@ -97,10 +97,3 @@ class CompareConfig:
     def lower_is_better(self) -> bool:
         """Whether the smallest value of `select` is the best one."""
         return self.select.startswith(LOWER_IS_BETTER)
-
-    @property
-    def batch(self) -> int:
-        """Documents of an update; EBFTConfig's defaults where the options do not say."""
-        sizes = (self.train.get(name, 4) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-        first, second = map(int, sizes)
-        return first * second

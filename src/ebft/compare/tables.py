@@ -19,7 +19,7 @@ from scipy import stats
 
 from ..artifacts import step_of
 from ..evaluation.intervals import DocumentMean
-from .cells import Cell, seconds_by_step
+from .cells import Cell, documents_of_update, seconds_by_step
 from .config import CompareConfig
 
 Row = dict[str, Any]
@@ -42,8 +42,7 @@ def validation_rows(cell: Cell) -> list[Row]:
 
 def describe(cell: Cell, part: int, step: int, seconds: Mapping[int, float]) -> Row:
     """What is the same for all numbers of a checkpoint."""
-    sizes = (cell.options.get(name, 4) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
-    documents = step * int(np.prod([int(size) for size in sizes]))
+    documents = step * documents_of_update(cell.options)
     about = {"method": cell.name, "setting": cell.setting, "seed": cell.seed, "part": part, "step": step}
     return about | {"documents": documents, "train_seconds": seconds.get(step), "selected": False}
 

@@ -27,6 +27,7 @@ REWARD = "def reward(prompts, completions, **columns):\n    {body}\n"
 BROKEN = REWARD.format(body="raise KeyError('no such luck')")
 MENDED = REWARD.format(body="return [float(len(text)) for text in completions]")
 CE = "cross_entropy/answer"
+CLOCK = {"documents": None, "train_seconds": 3.0}
 
 
 def write(path: Path, count: int, start: int) -> None:
@@ -180,6 +181,8 @@ def test_other_settings_are_not_mixed(compared, here, capsys):
         ({"methods": {}}, "methods: missing"),
         ({"documents": None}, "documents, train_seconds: give one of them"),
         ({"train_seconds": 3.0}, "documents, train_seconds: give one of them"),
+        (CLOCK | {"train": {"warmup_steps": 0.03}}, "warmup_steps=0.03 is a share of a number of steps"),
+        (CLOCK | {"train": {"lr_scheduler_type": "cosine"}}, "lr_scheduler_type='cosine' needs the number of steps"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: give different numbers"),
         ({"checkpoint": "first"}, "checkpoint='first': use best or last"),
         ({"methods": {"ppo": {}}}, "methods.ppo.method='ppo': use one of ebft, sft, rlvr"),
@@ -224,6 +227,8 @@ def test_budgets_are_equal_for_all_methods():
     assert [cell.options["max_steps"] for cell in cells] == [7, 4]  # of 16 and of 32 documents
     by_clock = cells_of(CompareConfig(**common, methods=methods, train_seconds=60, checkpoints=3))
     assert {(c.options["max_train_seconds"], c.options["save_seconds"]) for c in by_clock} == {(60.0, 20.0)}
+    # A share of all steps would be a warm-up without end.
+    assert {c.options["warmup_steps"] for c in by_clock} == {5} and "warmup_steps" not in cells[0].options
 
 
 def test_a_training_by_the_clock_is_over_when_its_last_checkpoint_says_so(tmp_path):

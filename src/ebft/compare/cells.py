@@ -15,6 +15,7 @@ from .config import CompareConfig, Options
 
 TRAIN, STATUS, LOG, LOCK = "train.yaml", "cell.json", "log.txt", "lock"
 ENDLESS = 10**9  # steps, where the clock ends the training
+WARMUP = 5  # updates, where a share of all steps would be a share of ENDLESS
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def _cell(config: CompareConfig, name: str, setting: Options, seed: int, data: s
     options |= {"dataset_name": config.dataset_name, **config.train, **own, **setting}
     options |= {"seed": seed, "output_dir": str(folder), "logging_steps": 1}
     options |= _budget(config, documents_of_update(options))
+    if config.train_seconds is not None:
+        options.setdefault("warmup_steps", WARMUP)
     options["report_to"] = options.get("report_to", "none")
     return Cell(name, point, seed, options, folder, data)
 

@@ -29,6 +29,9 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
         evaluation_config(options, config.model_name_or_path, Path(config.output_dir) / "base", label)
     if config.test == config.validation:
         raise ValueError("test: the same data as validation, on which settings are chosen; hold out others.")
+    if config.train_seconds is not None:
+        for cell in cells:
+            _check_schedule(cell)
     with TemporaryDirectory() as folder:
         path = Path(folder) / TRAIN
         for cell in cells:
@@ -39,6 +42,26 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
                 except ValueError as error:
                     text = re.sub(rf"^{re.escape(str(path))}:\d+: ", "", str(error))  # no file of the user's
                     raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
+
+
+def _check_schedule(cell: Cell) -> None:
+    """Refuse a learning rate that depends on the number of steps, which nobody knows where the clock ends a run.
+
+    Raises:
+        ValueError: The schedule or the warm-up is such a one.
+    """
+    schedule = str(cell.options.get("lr_scheduler_type", "constant"))
+    if not schedule.startswith("constant"):
+        raise ValueError(
+            f"methods.{cell.name}: lr_scheduler_type={schedule!r} needs the number of steps, which train_seconds "
+            "leaves open: use constant or constant_with_warmup."
+        )
+    warmup = float(cell.options["warmup_steps"])
+    if 0 < warmup < 1:
+        raise ValueError(
+            f"methods.{cell.name}: warmup_steps={warmup} is a share of a number of steps that train_seconds leaves "
+            "open: give a number of updates."
+        )
 
 
 def evaluation_config(options: Options, model: str, folder: Path, label: str) -> EvaluationConfig:

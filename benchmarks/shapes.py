@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ebft.blocks import BlockLayout
 from ebft.planning import Work
@@ -97,6 +97,28 @@ class Workload:
         return Work(P, layout.num_blocks, float(layout.anchors.sum()), P * (P + 1) / 2)
 
 
+def model_config(name: str, longest: int, vocab: int | None = None) -> PretrainedConfig:
+    """Configuration of a named shape.
+
+    Args:
+        name: One of `MODELS`.
+        longest: Positions it must know.
+        vocab: Another size of the vocabulary.
+    """
+    family, hidden, inner, layers, heads, keys, vocabulary, tied = _SIZES[name]
+    return AutoConfig.for_model(
+        family,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        vocab_size=vocab or vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=longest,
+    )
+
+
 def build_model(
     name: str, *, vocab: int | None, device: torch.device, dtype: torch.dtype, attention: str, longest: int
 ) -> nn.Module:
@@ -110,17 +132,6 @@ def build_model(
         attention: `attn_implementation`.
         longest: Positions it must know.
     """
-    family, hidden, inner, layers, heads, keys, vocabulary, tied = _SIZES[name]
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        vocab_size=vocab or vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=longest,
-    )
+    config = model_config(name, longest, vocab)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

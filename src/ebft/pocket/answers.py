@@ -54,8 +54,8 @@ TASK = Habits(
     usual=0.8,
 )
 
-# Of pretrain: mostly loops, whatever the operation, and no preference among names and expressions.
-_MIX = {LOOP: 0.55, COMPREHENSION: 0.15, FUNCTIONAL: 0.15, NESTED: 0.15}
+# Of pretrain: no preference, whatever the operation. All forms are known, how often each is right is not.
+_MIX = dict.fromkeys(STYLES, 0.25)
 _ELEMENTS = {"x": 0.34, "n": 0.33, "v": 0.33}
 _NAMES = {"fresh": 0.34, "letters": 0.33, "reused": 0.33}
 PRETRAIN = Habits(

@@ -23,7 +23,7 @@ ABOUT = {
 class Sizes:
     """How many prompts of each split, and of which depths (number of operations)."""
 
-    pretrain: int = 16000
+    pretrain: int = 24000
     pretrain_depths: tuple[int, ...] = (1, 2, 2, 3)
     train: int = 3000
     train_small: int = 300

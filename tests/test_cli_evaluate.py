@@ -314,6 +314,7 @@ def test_code_and_translation(run, tmp_path):
     difference = numbers["ebft - sft", "de-en/chrF (first)"]
     assert difference == pytest.approx(100 - numbers["sft", "de-en/chrF (first)"]) and difference > 50
     assert numbers["ebft - sft", "problems.jsonl/greedy/pass@1"] == 1
+    assert numbers["ebft", "de-en/sentence BLEU (first)"] == pytest.approx(100)
 
 
 @pytest.mark.skipif(

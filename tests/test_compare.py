@@ -280,6 +280,20 @@ def test_units_are_paired_where_both_have_a_number():
     assert tables.unit_differences(new, other, "m") is None and tables.unit_differences(new, {}, "m") is None
 
 
+def test_corpus_scores_are_paired_by_seed():
+    about = {"split": "test", "measure": "BLEU", "length": None}
+    found = {("base", 0): 30.0, ("sft", 0): 32.0, ("sft", 1): 35.0, ("ebft", 1): 33.0, ("ebft", 0): 33.5}
+    rows = [about | {"method": method, "seed": seed, "mean": mean} for (method, seed), mean in found.items()]
+    pairs = {row["model"]: row for row in tables.paired_over_seeds(rows, known=[])}
+    assert {name: row["mean"] for name, row in pairs.items()} == pytest.approx(
+        {"sft - base": 3.5, "ebft - base": 3.25, "ebft - sft": -0.25}
+    )
+    differences = {"sft - base": [2.0, 5.0], "ebft - base": [3.0, 3.5], "ebft - sft": [-2.0, 1.5]}
+    for name, values in differences.items():
+        assert (pairs[name]["low"], pairs[name]["p_value"]) == (pytest.approx(tables.t_interval(values)["low"]), None)
+    assert tables.paired_over_seeds(rows, known=[{"measure": "BLEU", "length": None}]) == []
+
+
 def test_the_last_line_of_a_log(tmp_path):
     (tmp_path / "log.txt").write_text("Traceback\nValueError: x=1 is bad\n\n")
     assert last_line(tmp_path / "log.txt") == "ValueError: x=1 is bad"

@@ -16,6 +16,7 @@ from ebft.evaluation.translation_scores import (
     TranslationScore,
     check_metrics,
     compare_translations,
+    sentence_scores,
     translation_scores,
 )
 from stand_ins import comet_stand_in
@@ -183,6 +184,15 @@ def test_scores_are_sacrebleus(sacrebleu):
         assert row.half_width > 0 and abs(row.mean - row.score) < row.half_width
         assert "seed:12345" in row.signature and "bs:100" in row.signature and "version:" in row.signature
     assert translation_scores(talks(), [[text] for text in first], n_bootstrap=100)[0] == rows[0]  # same resamples
+
+
+def test_sentences_have_scores_of_their_own(sacrebleu):
+    texts = [talk[1] for talk in TALKS]
+    judges = {"BLEU": sacrebleu.BLEU(effective_order=True), "chrF": sacrebleu.CHRF()}
+    for found, text, talk in zip(sentence_scores(talks(), texts), texts, TALKS, strict=True):
+        assert found == pytest.approx({name: j.sentence_score(text, talk[:1]).score for name, j in judges.items()})
+    with pytest.raises(ValueError, match="hypotheses are of"):
+        sentence_scores(talks(), texts[1:])
 
 
 def test_the_best_of_k_is_the_best_of_each_sentence(sacrebleu):

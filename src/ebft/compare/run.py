@@ -111,7 +111,8 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     for split, options in {"test": config.test, **config.more_tests}.items():
         found, means, axes = _test(config, split, options, done, chosen, folder)
         rows += found
-        pairs += tables.paired(means, axes, split)
+        of_units = tables.paired(means, axes, split)
+        pairs += of_units + tables.paired_over_seeds(found, of_units)
     tables.save_table(rows, folder, RESULTS)
     summary = [row for row in tables.over_seeds(rows) if row["split"] != "validation"]
     tables.save_table(summary, folder, SUMMARY)

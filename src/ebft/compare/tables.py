@@ -139,6 +139,30 @@ def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[A
     return rows
 
 
+def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
+    """Differences of the measures that are of a corpus as a whole, such as BLEU: a t-interval over seeds, no test.
+
+    Args:
+        rows: Tidy rows of the chosen cells and the base model on one split.
+        known: Rows of `paired`, whose measures are left out.
+    """
+    there = {(row["measure"], row["length"]) for row in known}
+    found: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["mean"] is not None and (row["measure"], row["length"]) not in there:
+            found[row["split"], row["measure"], row["length"]][row["method"]][row["seed"]] = row["mean"]
+    out = []
+    for (split, measure, length), methods in found.items():
+        for one, other in combinations(methods, 2):
+            old, new = methods[one], methods[other]
+            old = dict.fromkeys(new, old[0]) if one == BASE else old
+            differences = [new[seed] - old[seed] for seed in new if seed in old]
+            if differences:
+                about = {"split": split, "model": f"{other} - {one}", "measure": measure, "length": length}
+                out.append(about | t_interval(differences) | {"p_value": None})
+    return out
+
+
 def unit_differences(new: Means, old: Means, measure: str) -> np.ndarray | None:
     """Differences [units, lengths] of what each unit adds to the mean; None where units or counts are not the same."""
     if measure not in old or not np.array_equal(new[measure].counts, old[measure].counts):

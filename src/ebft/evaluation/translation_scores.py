@@ -116,6 +116,27 @@ def translation_scores(
     return rows
 
 
+def sentence_scores(segments: Sequence[Segment], hypotheses: Sequence[str]) -> list[dict[str, float]]:
+    """BLEU and chrF of each translation by itself, from 0 to 100: what can be averaged and paired, unlike a corpus's.
+
+    Args:
+        segments: What was translated.
+        hypotheses: One translation of each.
+
+    Raises:
+        ValueError: Numbers do not match, or sacrebleu is not installed.
+    """
+    _check_hypotheses(segments, [[text] for text in hypotheses])
+    judges = {direction: _metrics(direction, sentences=True) for direction in _by_direction(segments)}
+    return [
+        {
+            name: judge.sentence_score(text, list(segment.references)).score
+            for name, judge in judges[segment.direction].items()
+        }
+        for segment, text in zip(segments, hypotheses, strict=True)
+    ]
+
+
 def sentence_bleu(hypothesis: str, references: Sequence[str], direction: str | None = None) -> float:
     """BLEU of one translation, from 0 to 100, over the n-grams that so short a text has.
 

@@ -20,7 +20,7 @@ from ..translation import (
     load_translations,
     translation_prompt,
 )
-from ..translation_scores import check_metrics, compare_translations, translation_scores
+from ..translation_scores import check_metrics, compare_translations, sentence_scores, translation_scores
 from .base import Session, Suite, Turn, files_fingerprint, generation_identity, prompt_tokens
 
 
@@ -55,13 +55,15 @@ class TranslationSuite(Suite):
         self.translations: dict[str, list[list[str]]] = {}
 
     def measure(self, turn: Turn) -> dict[str, DocumentMean]:
-        """Translate; a mean over segments only where COMET is asked for."""
+        """Translate; means over segments of the scores that a single sentence has."""
         found: list[list[str]] = [[] for _ in self.segments]
         for kind, settings in self._runs().items():
             for texts, new in zip(found, self._translate(turn, kind, settings), strict=True):
                 texts += new
         self.translations[turn.name] = found
-        return means_of(self._comet(turn, [texts[0] for texts in found])) if self.config.comet else {}
+        first = [texts[0] for texts in found]
+        means = means_of(self._sentences(first))
+        return means | means_of(self._comet(turn, first)) if self.config.comet else means
 
     def open_records(self, turn: Turn) -> None:
         """Those of the translations; COMET's depend on them, and are there only when all are."""
@@ -91,6 +93,16 @@ class TranslationSuite(Suite):
                 file.append([{"id": i, "hypotheses": [t.strip() for t in texts]} for i, texts in new.items()])
                 advance(len(new))
         return [file.records[i]["hypotheses"] for i in range(len(self.prompts))]
+
+    def _sentences(self, hypotheses: Sequence[str]) -> list[Record]:
+        """BLEU and chrF of each segment, as records of sums and counts."""
+        return [
+            {"id": i}
+            | {f"{segment.direction}/sentence {name} (first)": [value, 1.0] for name, value in scores.items()}
+            for i, (segment, scores) in enumerate(
+                zip(self.segments, sentence_scores(self.segments, hypotheses), strict=True)
+            )
+        ]
 
     def _comet(self, turn: Turn, hypotheses: Sequence[str]) -> list[Record]:
         """COMET of each segment, as records of sums and counts."""

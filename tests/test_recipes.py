@@ -27,4 +27,5 @@ def test_recipe_of_a_comparison(path, tmp_path):
 
 
 def test_there_are_recipes():
-    assert [path.stem for path in POCKET] == ["ablations", "qa_coding", "stdlib_code", "translation"]
+    tasks = ("qa_coding", "stdlib_code", "translation")
+    assert {path.stem for path in POCKET} == {"ablations", *tasks, *(f"{task}_small" for task in tasks)}

@@ -1,14 +1,17 @@
 """SFT and RLVR on TRL's trainers: the documents, files and names of EBFT, and rewards that tell right from wrong."""
 
 import json
+import statistics
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
+from ebft.baselines.kept import advantage
 from ebft.baselines.rewards import UnitTests, bleu, make_reward
 from ebft.baselines.rlvr import prompts_of
 from ebft.callbacks import TrainingClock
@@ -107,6 +110,31 @@ def test_rlvr_learns_what_a_reward_of_ones_own_asks_for(model, workplace):
     assert names <= found[0].keys()
     timing = [json.loads(line) for line in Path("rlvr", "timing.jsonl").read_text().splitlines()]
     assert timing[1]["step_time"] > 0 and timing[1]["tokens_per_second"] > 0
+    assert [path.name for path in sorted(Path("rlvr", "rollouts").iterdir())] == [
+        "step_000001.parquet",
+        "step_000010.parquet",
+    ]
+    rows = pq.read_table("rlvr/rollouts/step_000010.parquet").to_pylist()
+    assert len(rows) == 4 * 8 and [row["rollout"] for row in rows] == [*range(8)] * 4
+    assert statistics.mean(row["reward"] for row in rows) == pytest.approx(found[9]["reward"], rel=1e-4)
+    for first in range(0, 32, 8):
+        group = rows[first : first + 8]
+        assert group[0]["context"] == ROWS[group[0]["document_id"]]["prompt"]
+        assert group[0]["reference"] == ROWS[group[0]["document_id"]]["completion"]
+        expected = [r["reward"] - statistics.mean(o["reward"] for o in group if o is not r) for r in group]
+        assert [row["advantage"] for row in group] == pytest.approx(expected)
+    assert all("".join(row["token_texts"]) == row["completion"] for row in rows)
+
+
+def test_completions_of_an_evaluation_are_not_kept(model, workplace):
+    words = ("--method", "rlvr", "--reward", "rewards_of_mine.shorter", "--max_completion_length", "8")
+    words += ("--eval_dataset_name", "qa.jsonl", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert train(model, *words, "--rollout_save_steps", "1", output="rlvr", steps=2) == 0
+    for step in (1, 2):
+        rows = pq.read_table(f"rlvr/rollouts/step_{step:06d}.parquet").to_pylist()
+        assert statistics.mean(row["reward"] for row in rows) == pytest.approx(metrics("rlvr")[2 * step - 2]["reward"])
+    assert advantage(None, [None, 1.0]) is None and advantage(1.0, [1.0, None]) is None
+    assert advantage(1.0, [1.0, None, 0.5]) == 0.5
 
 
 def test_settings_of_a_run_can_be_given_again(model, workplace):

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ebft.report import write_report
@@ -105,6 +107,25 @@ def test_everything_is_drawn(browser, comparison):
     assert lines == [["base", "band", "sft", "band", "rlvr", "band", "ebft"]] * 4
     assert "loss=nan at step 7: lower learning_rate" in page.texts("#results td")
     assert page.errors() == [] and page.fetched() == []
+
+
+def test_completions_of_rlvr_have_a_reward_and_no_features(browser, tmp_path):
+    run = make_run(tmp_path / "run", contexts=5)
+    kept = ("step", "document_id", "block", "context", "reference", "rollout", "completion", "token_texts", "reward")
+    for path in (run / "rollouts").iterdir():
+        rows = [{name: row[name] for name in kept} for row in pq.read_table(path).to_pylist()]
+        for row in rows:
+            row["advantage"] = None if row["document_id"] else row["reward"] - 0.5
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    page = Page(browser, write_report([run]))
+    page.mark("viewer-usable")
+    assert page.texts("#completions li:first-child dt") == ["advantage", "reward"]
+    assert page.numbers("advantage") == pytest.approx([value - 0.5 for value in page.numbers("reward")], abs=1e-3)
+    assert page.numbers("reward") == sorted(page.numbers("reward"), reverse=True)
+    assert "feature-matching loss" not in page.texts("#where")[0]
+    page.find("#contexts li:last-child").click()
+    assert page.texts("#completions li:first-child dt") == ["reward"]
+    assert page.errors() == []
 
 
 def test_horizontal_axis_can_be_switched(browser, comparison):

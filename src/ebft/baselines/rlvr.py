@@ -9,6 +9,7 @@ from .. import models
 from ..config import EBFTConfig
 from ..data import has_prompt
 from ..support import check_tokenizer
+from .kept import DOCUMENT, KeptCompletions
 from .recording import recorded
 from .rewards import Reward
 from .settings import check_read, loading_options, trl_config
@@ -68,9 +69,10 @@ def rlvr_trainer(
         for rows, label in ((train, "train_dataset"), (evaluation, "eval_dataset")):
             check(rows or [], label)
     tokenizer.padding_side = "left"
+    kept = KeptCompletions(reward, tokenizer, args.rollout_save_steps, args.num_generations)
     trainer = RLOOTrainer(
         model=model,
-        reward_funcs=reward,
+        reward_funcs=kept,
         args=trl_config(RLOOConfig, args, "rlvr", **settings),
         train_dataset=train,
         eval_dataset=evaluation,
@@ -78,6 +80,7 @@ def rlvr_trainer(
         peft_config=peft_config,
         quantization_config=quantization_config,
     )
+    kept.write_for(trainer)
     return recorded(trainer, args, description, "rlvr", names={})
 
 
@@ -95,6 +98,7 @@ def prompts_of(dataset: Any, tokenizer: Any, max_length: int, label: str) -> Any
     first = dataset[0]["prompt"]
     if not isinstance(first, str):
         raise ValueError(f"{label}: `prompt` is {type(first).__name__}: for method: rlvr make it a string.")
+    dataset = dataset.add_column(DOCUMENT, list(range(len(dataset))))
     kept = dataset.filter(lambda row: len(tokenizer(text=row["prompt"])["input_ids"]) < max_length)
     if not len(kept):
         raise ValueError(f"{label}: no prompt is shorter than max_length={max_length}: raise it.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from .runs import Record, Run
 
-NUMBERS = ("alignment", "diversity", "advantage", "log_prob")
+NUMBERS = ("advantage", "alignment", "diversity", "log_prob", "reward")
 DIGITS = 4  # of a number in the viewer; the file has them all
 
 
@@ -69,12 +69,15 @@ def read_contexts(path: Path, most: int) -> tuple[int, list[Record]]:
 def _context(rows: list[Record]) -> Record:
     """One context and its rollouts.
 
-    Files of earlier versions lack the texts and log-probs of tokens: then the completion is one text without color.
+    Files of RLVR lack what features say and log-probs, files of earlier versions the texts of tokens too: then the
+    completion is one text without color. The reward is shown where it is not the sum of two parts.
     """
     rollouts = []
     for row in rows:
         tokens, log_probs = row.get("token_texts") or [row["completion"]], row.get("token_log_probs") or []
-        numbers = {name: _short(row[name]) for name in NUMBERS}
+        numbers = {name: _short(row[name]) for name in NUMBERS if row.get(name) is not None}
+        if "alignment" in numbers:
+            numbers.pop("reward", None)
         rollouts.append({"tokens": tokens, "log_probs": [round(value, 2) for value in log_probs], **numbers})
     first = rows[0]
     return {
@@ -82,7 +85,7 @@ def _context(rows: list[Record]) -> Record:
         "block": first["block"],
         "context": first["context"],
         "reference": first["reference"],
-        "loss": _short(first["feature_matching_loss"]),
+        "loss": _short(first["feature_matching_loss"]) if "feature_matching_loss" in first else None,
         "rollouts": rollouts,
     }
 

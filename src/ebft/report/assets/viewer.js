@@ -14,7 +14,7 @@ function contextsOf(index) {
   if (!steps.has(index)) {
     const contexts = JSON.parse(document.getElementById(`rollouts-${index}`).textContent);
     for (const context of contexts) {
-      const advantages = context.rollouts.map((rollout) => rollout.advantage);
+      const advantages = context.rollouts.map((rollout) => rollout.advantage ?? 0);
       context.spread = Math.max(...advantages) - Math.min(...advantages);
       context.rollouts.forEach((rollout, i) => { rollout.sampled = i; });
     }
@@ -44,7 +44,7 @@ function list() {
 }
 
 function entry(context, place) {
-  const key = at.order.value === "spread" ? "spread" : "loss";
+  const key = at.order.value === "spread" || context.loss === null ? "spread" : "loss";
   const item = element("li", { role: "option", tabindex: "-1", "aria-selected": "false" },
     element("span", { class: "end" }, visible(context.context.slice(-PREVIEW).replace(/\s+/g, " ").trim()) || "(start)"),
     element("span", { class: "figure" }, format(Number(context[key].toPrecision(2)))));
@@ -81,15 +81,17 @@ function show(context) {
     return;
   }
   at.where.textContent = `document ${context.document}, token ${context.block}`;
-  at.where.append(element("span", { class: "muted" }, ` feature-matching loss ${format(context.loss)}`));
+  if (context.loss !== null) {
+    at.where.append(element("span", { class: "muted" }, ` feature-matching loss ${format(context.loss)}`));
+  }
   at.context.replaceChildren(visible(context.context), element("mark", {}, shownToken(context.reference)));
   at.context.scrollTop = at.context.scrollHeight;
   const up = at.direction.getAttribute("aria-pressed") === "true";
   const key = at.sort.value;
   // Sampled: 0, 1, 2; all else the largest first.
   const sign = (key === "sampled") === up ? -1 : 1;
-  const sorted = context.rollouts.toSorted((a, b) => sign * (a[key] - b[key]));
-  const largest = Math.max(...context.rollouts.map((rollout) => Math.abs(rollout.advantage)), 1e-9);
+  const sorted = context.rollouts.toSorted((a, b) => sign * ((a[key] ?? 0) - (b[key] ?? 0)));
+  const largest = Math.max(...context.rollouts.map((rollout) => Math.abs(rollout.advantage ?? 0)), 1e-9);
   at.completions.replaceChildren(...sorted.map((rollout) => completion(rollout, largest)));
 }
 
@@ -100,9 +102,12 @@ function shownToken(text) {
 function completion(rollout, largest) {
   const words = element("p", { class: "words" }, ...rollout.tokens.map((text, i) => token(text, rollout.log_probs[i])));
   const bar = element("span", { class: rollout.advantage < 0 ? "bar below" : "bar above" });
-  bar.style.setProperty("--share", Math.abs(rollout.advantage) / largest);
+  bar.style.setProperty("--share", Math.abs(rollout.advantage ?? 0) / largest);
   const numbers = element("dl", {});
-  for (const key of ["advantage", "alignment", "diversity", "log_prob"]) {
+  for (const key of ["advantage", "reward", "alignment", "diversity", "log_prob"]) {
+    if (rollout[key] === undefined) { // RLVR has no features, EBFT's reward is a sum of two
+      continue;
+    }
     const term = element("dt", {}, key.replace("_", "-"));
     numbers.append(element("div", { "data-key": key }, term, element("dd", {}, format(rollout[key]))));
   }

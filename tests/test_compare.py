@@ -14,7 +14,7 @@ from scipy import stats
 
 from ebft.callbacks import TrainingClock
 from ebft.cli import main
-from ebft.compare import tables
+from ebft.compare import markdown, tables
 from ebft.compare.cells import Cell, cells_of
 from ebft.compare.config import CompareConfig
 from ebft.compare.workers import last_line
@@ -278,6 +278,25 @@ def test_units_are_paired_where_both_have_a_number():
     assert tables.unit_differences(new, old, "m").flatten().tolist() == pytest.approx([2 / 3, -4 / 3])
     other = {"m": DocumentMean(torch.tensor([2.0, 1.0, 8.0]), torch.ones(3))}
     assert tables.unit_differences(new, other, "m") is None and tables.unit_differences(new, {}, "m") is None
+
+
+def test_markdown_has_means_and_differences(tmp_path):
+    about = {"split": "test", "length": None, "setting": "a=1", "documents": 8.0, "train_seconds": 2.0, "units": 2}
+    summary = [
+        about | {"model": m, "measure": "x|y", "mean": v, "low": None, "high": None}
+        for m, v in (("ebft", 2), ("base", 1))
+    ]
+    summary += [
+        about
+        | {"model": "ebft", "measure": "feature_matching_loss", "length": 4, "mean": 0.5, "low": 0.25, "high": 0.75}
+    ]
+    pairs = [{**summary[0], "model": "ebft - base", "mean": 1.0, "low": -0.5, "high": 2.5, "p_value": 0.25}]
+    markdown.save(tmp_path / "tables.md", summary, pairs, ["base", "ebft"])
+    text = (tmp_path / "tables.md").read_text()
+    assert "| ebft | a=1 | 8 | 2 |" in text
+    assert "|  | base | ebft |\n| --- | --- | --- |\n| x\\|y | 1 | 2 |\n" in text
+    assert "| feature matching loss, length 4 | - | 0.5 [0.25, 0.75] |" in text
+    assert "| x\\|y | +1 [-0.5, +2.5], p 0.25 |" in text
 
 
 def test_corpus_scores_are_paired_by_seed():

@@ -30,7 +30,8 @@ several commands in one output_dir share the work.
   --output_dir DIR  default: runs/compare-DATA
 
 Written there: results.parquet and .csv (every number), summary.csv (means over seeds), paired.csv (differences),
-chosen.yaml, and cells/*, each a run of `ebft train` with its log.txt, which `ebft report` shows.
+tables.md (both, to paste), chosen.yaml, and cells/*, each a run of `ebft train` with its log.txt, which `ebft report`
+shows.
 
 examples:
   python -m ebft.pocket qa_coding && ebft compare --config recipes/pocket/qa_coding.yaml --workers 2

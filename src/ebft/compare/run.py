@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..artifacts import step_of
 from ..evaluation.report import show
 from ..evaluation.run import Evaluation, evaluation_of
-from . import tables
+from . import markdown, tables
 from .cells import Cell, cells_of, seconds_by_step
 from .check import check_options, evaluation_config
 from .config import CompareConfig, Options
 from .workers import Workers
 
-RESULTS, SUMMARY, PAIRED, CHOSEN = "results", "summary", "paired", "chosen.yaml"
+RESULTS, SUMMARY, PAIRED, CHOSEN, TABLES = "results", "summary", "paired", "chosen.yaml", "tables.md"
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> list[tables.Row]:
@@ -117,8 +117,9 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     summary = [row for row in tables.over_seeds(rows) if row["split"] != "validation"]
     tables.save_table(summary, folder, SUMMARY)
     tables.save_table(pairs, folder, PAIRED)
+    markdown.save(folder / TABLES, summary, pairs, [tables.BASE, *config.methods])
     _show(config, summary, pairs, chosen, console)
-    console.print(f"Written: {folder}/{RESULTS}.parquet, {SUMMARY}.csv, {PAIRED}.csv", highlight=False)
+    console.print(f"Written: {folder}/{RESULTS}.parquet, {SUMMARY}.csv, {PAIRED}.csv, {TABLES}", highlight=False)
     return summary
 
 

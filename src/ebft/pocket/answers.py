@@ -55,7 +55,7 @@ TASK = Habits(
 )
 
 # Of pretrain: no preference, whatever the operation. All forms are known, how often each is right is not.
-_MIX = dict.fromkeys(STYLES, 0.25)
+_MIX: dict[str, float] = dict.fromkeys(STYLES, 0.25)
 _ELEMENTS = {"x": 0.34, "n": 0.33, "v": 0.33}
 _NAMES = {"fresh": 0.34, "letters": 0.33, "reused": 0.33}
 PRETRAIN = Habits(

@@ -37,7 +37,7 @@ ANSWER = {
 SOURCES = {
     "qa_coding": [ANSWER, {**ANSWER, "id": 2, "output": "I cannot do that."}] * 60,
     "unstructured_code": [{"text": f"def f{i}(x):\n    return x + {i}\n" * 20} for i in range(60)] + [{"text": " "}],
-    "translation": [{"translation": {"de": f"Das sind {i} Bäume.", "en": f"These are {i} trees."}} for i in range(60)],
+    "translation": [{"translation": {"de": f"Das sind {i} Wege.", "en": f"These are {i} ways."}} for i in range(60)],
 }
 
 

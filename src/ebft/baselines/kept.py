@@ -9,7 +9,7 @@ from ..artifacts import RunFolder
 from ..experience import CONTEXT_TOKENS, token_texts
 from .rewards import Reward
 
-DOCUMENT = "document_id"  # the column of each row's place in the dataset
+DOCUMENT = "ebft_document"  # the column of each row's place in the dataset; users have a `document_id`
 
 
 class KeptCompletions:

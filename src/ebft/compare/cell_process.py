@@ -1,17 +1,16 @@
 """Trains and measures one cell, in a process of its own: `python -m ebft.compare.cell_process FOLDER VALIDATION.yaml`.
 
-Whatever goes wrong stays in this process and its log.
+Whatever goes wrong stays in this process.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
 
-from .cells import LOCK, LOG, STATUS, TRAIN, Cell
+from .cells import LOCK, STATUS, TRAIN, Cell
 
 BUSY = 75  # exit status where another process has the cell (EX_TEMPFAIL)
 # Of a checkpoint, what only a resume needs: no longer wanted when the cell is done.
@@ -39,15 +38,12 @@ def read(folder: Path) -> Cell:
 
 
 def run(cell: Cell, validation: Path) -> int:
-    """Train, unless that is done, and measure the checkpoints; all output goes to the cell's log."""
-    with open(cell.folder / LOG, "a", buffering=1, encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        cell.set_status("running")
-        train(cell)
-        measure(cell, validation)
-        slim(cell)
-        cell.set_status("done")
+    """Train, unless that is done, and measure the checkpoints."""
+    cell.set_status("running")
+    train(cell)
+    measure(cell, validation)
+    slim(cell)
+    cell.set_status("done")
     return 0
 
 

@@ -8,13 +8,12 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..artifacts import step_of
 from ..evaluation.report import show
-from ..evaluation.run import Evaluation, evaluation_of
-from . import markdown, tables
-from .cells import Cell, cells_of, seconds_by_step
-from .check import check_options, evaluation_config
+from . import markdown, tables, testing
+from .cells import Cell, cells_of
+from .check import check_options
 from .config import CompareConfig, Options
+from .jobs import Training
 from .workers import Workers
 
 RESULTS, SUMMARY, PAIRED, CHOSEN, TABLES = "results", "summary", "paired", "chosen.yaml", "tables.md"
@@ -68,21 +67,18 @@ def _write(config: CompareConfig, cells: list[Cell], folder: Path) -> Path:
     about = {name: value for name, value in asdict(config).items() if value is not None}
     (folder / "compare.yaml").write_text(yaml.safe_dump(about, sort_keys=False), encoding="utf-8")
     path = folder / "validation.yaml"
-    path.write_text(yaml.safe_dump(_measured(config, config.validation), sort_keys=False), encoding="utf-8")
+    options = testing.with_features(config, config.validation)
+    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     return path
 
 
-def _measured(config: CompareConfig, options: Options) -> Options:
-    """Options of an evaluation, with the one feature network of all: what the methods start from."""
-    documents = "dataset_name" in options
-    if documents and "feature_matching" in options.get("metrics", ["feature_matching"]):
-        return {"feature_model_name_or_path": config.model_name_or_path, **options}
-    return options
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
 
 
 def _run_cells(config: CompareConfig, cells: list[Cell], validation: Path, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("runs", total=len(cells))
 
         def changed(cell: Cell | None = None) -> None:
@@ -93,7 +89,8 @@ def _run_cells(config: CompareConfig, cells: list[Cell], validation: Path, conso
             progress.update(task, completed=states.count("done") + states.count("failed"), description=text)
 
         changed()
-        Workers(cells, validation, changed).run(config.workers)
+        waiting = [cell for cell in cells if cell.status()["status"] != "done"]
+        Workers(Training(cell, validation, changed) for cell in waiting).run(config.workers)
 
 
 def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Console) -> list[tables.Row]:
@@ -106,15 +103,14 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     for row in rows:
         row["selected"] = chosen[row["method"]][0] == row["setting"]
     (folder / CHOSEN).write_text(yaml.safe_dump(_said(config, chosen), sort_keys=False), encoding="utf-8")
-    rows += tables.base_rows(_evaluate(config, config.validation, folder / "base" / "validation").rows, "validation")
-    pairs: list[tables.Row] = []
-    for split, options in {"test": config.test, **config.more_tests}.items():
-        found, means, axes = _test(config, split, options, done, chosen, folder)
-        rows += found
-        of_units = tables.paired(means, axes, split)
-        pairs += of_units + tables.paired_over_seeds(found, of_units)
+    models = testing.to_measure(config, done, chosen, folder)
+    with _progress(console) as progress:
+        task = progress.add_task("measured", total=len(models), completed=sum(model.is_measured() for model in models))
+        testing.measure(models, config.workers, lambda: progress.advance(task))
+    found, pairs = testing.read(models)
+    rows += found
     tables.save_table(rows, folder, RESULTS)
-    summary = [row for row in tables.over_seeds(rows) if row["split"] != "validation"]
+    summary = [row for row in tables.over_seeds(rows) if row["split"] != testing.VALIDATION]
     tables.save_table(summary, folder, SUMMARY)
     tables.save_table(pairs, folder, PAIRED)
     markdown.save(folder / TABLES, summary, pairs, [tables.BASE, *config.methods])
@@ -129,32 +125,6 @@ def _said(config: CompareConfig, chosen: dict[str, tuple[str, int]]) -> Options:
         "chosen_by": f"{by}, on validation data, mean over seeds",
         **{name: {"setting": setting, "part": part} for name, (setting, part) in chosen.items()},
     }
-
-
-def _test(config: CompareConfig, split: str, options: Options, done: list[Cell], chosen, folder: Path):
-    """Tidy rows on test data of the base model and the chosen cells, with the numbers of each unit."""
-    found = _evaluate(config, options, folder / "base" / split)
-    rows, axes = tables.base_rows(found.rows, split), found.axes
-    means = {(tables.BASE, 0): next(iter(found.means.values()))}
-    for cell in done:
-        setting, part = chosen[cell.name]
-        if cell.setting != setting or len(cell.checkpoints()) < part:
-            continue
-        checkpoint = cell.checkpoints()[part - 1]
-        found = _evaluate(config, options, cell.folder / split, checkpoint)
-        about = tables.describe(cell, part, step_of(checkpoint), seconds_by_step(cell.folder))
-        rows += [about | {"split": split, "selected": True} | tables.numbers(row) for row in found.rows]
-        means[cell.name, cell.seed] = next(iter(found.means.values()))
-    return rows, means, axes
-
-
-def _evaluate(config: CompareConfig, options: Options, folder: Path, model: Path | None = None) -> Evaluation:
-    """What `ebft evaluate` finds of one model, told to a file."""
-    path = str(model or config.model_name_or_path)
-    settings = evaluation_config(_measured(config, options), path, folder, "test")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        return evaluation_of(settings, Console(file=log, width=120))
 
 
 def _show(config: CompareConfig, summary, pairs, chosen, console: Console) -> None:

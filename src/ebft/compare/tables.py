@@ -26,6 +26,8 @@ Row = dict[str, Any]
 Means = Mapping[str, DocumentMean]  # measure -> sums and counts of units
 NUMBERS = ("measure", "length", "mean", "low", "high", "units")
 BASE = "base"  # the name of what all methods start from
+OF_BASE = {"method": BASE, "setting": "", "seed": 0, "part": 0, "step": 0, "documents": 0, "train_seconds": 0.0}
+OF_BASE |= {"selected": True}
 FLIPS = 9_999  # of signs, in a paired test
 
 
@@ -45,12 +47,6 @@ def describe(cell: Cell, part: int, step: int, seconds: Mapping[int, float]) -> 
     documents = step * documents_of_update(cell.options)
     about = {"method": cell.name, "setting": cell.setting, "seed": cell.seed, "part": part, "step": step}
     return about | {"documents": documents, "train_seconds": seconds.get(step), "selected": False}
-
-
-def base_rows(rows: Iterable[Row], split: str) -> list[Row]:
-    """The tidy rows of the base model."""
-    about = {"method": BASE, "setting": "", "seed": 0, "part": 0, "step": 0, "documents": 0, "train_seconds": 0.0}
-    return [about | {"selected": True, "split": split} | numbers(row) for row in rows]
 
 
 def numbers(row: Row) -> Row:

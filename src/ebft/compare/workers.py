@@ -1,38 +1,44 @@
-"""Runs cells in processes of their own, several at a time; other commands may work on the same folder."""
+"""Runs jobs in processes of their own, several at a time; none outlives the command."""
 
 import os
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
-from .cell_process import BUSY
-from .cells import LOG, Cell
 
-PATIENCE = 2.0  # seconds before a cell that another command has is looked at again
+class Job(Protocol):
+    """What one process does."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the Python interpreter."""
+        ...
+
+    @property
+    def log(self) -> Path:
+        """The file to which everything goes that the process says."""
+        ...
+
+    def ended(self, code: int) -> bool:
+        """Told that the process ended with this status; whether it has to run again."""
+        ...
 
 
 class Workers:
-    """A queue of cells and the processes that run them.
+    """A queue of jobs and the processes that run them."""
 
-    Args:
-        cells: What to run; those that are done are left alone.
-        validation: The file with the options of their measurements.
-        on_change: Told of every cell whose status changed.
-    """
-
-    def __init__(self, cells: Sequence[Cell], validation: Path, on_change: Callable[[Cell], object]):
-        self.waiting = deque(cell for cell in cells if cell.status()["status"] != "done")
-        self.validation, self.on_change = validation, on_change
+    def __init__(self, jobs: Iterable[Job]):
+        self.waiting = deque(jobs)
         self._running: set[subprocess.Popen] = set()
         self._lock, self._stopped = Lock(), False
 
     def run(self, count: int) -> None:
-        """Run all cells, `count` at a time. Ends when each is done or has failed."""
+        """Run all jobs, `count` at a time."""
         environment = dict(os.environ)
         # The processes share the cores; transformers' own tokenizer threads would come on top.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -46,24 +52,21 @@ class Workers:
                 raise
 
     def _work(self, environment: dict[str, str]) -> None:
-        while (cell := self._next()) is not None:
-            command = [sys.executable, "-m", "ebft.compare.cell_process", str(cell.folder), str(self.validation)]
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-            self._running.add(process)
-            code = process.wait()
-            self._running.discard(process)
+        while (job := self._next()) is not None:
+            command = [sys.executable, *job.arguments]
+            with open(job.log, "ab") as log:
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                )
+                self._running.add(process)
+                code = process.wait()
+                self._running.discard(process)
             if self._stopped:
                 return
-            if code == BUSY:
-                time.sleep(PATIENCE)
-                if cell.status()["status"] not in ("done", "failed"):
-                    self.waiting.append(cell)
-            elif code:
-                said = f"killed by signal {-code}" if code < 0 else last_line(cell.folder / LOG)
-                cell.set_status("failed", error=said or f"ended with status {code}")
-            self.on_change(cell)
+            if job.ended(code):
+                self.waiting.append(job)
 
-    def _next(self) -> Cell | None:
+    def _next(self) -> Job | None:
         with self._lock:
             return self.waiting.popleft() if self.waiting and not self._stopped else None
 

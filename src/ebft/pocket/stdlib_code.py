@@ -31,7 +31,7 @@ class Sizes:
     validation_files: float = 0.08
     test_files: float = 0.16
     piece: int = 700  # characters at most
-    pretrain: int = 3000
+    pretrain: int = 7000
     train: int = 1500
     train_small: int = 300
     validation: int = 100

@@ -50,9 +50,17 @@ def workplace(tmp_path, monkeypatch):
     Path("text.jsonl").write_text("".join(json.dumps({"text": row["completion"]}) + "\n" for row in ROWS))
     Path("untested.jsonl").write_text(json.dumps({"prompt": "a b c d", "completion": " e"}) + "\n")
     Path("rewards_of_mine.py").write_text(
+        "import asyncio\n"
+        "door = asyncio.Event()\n"
+        "async def open_doors():\n"
+        "    door.set()\n"
+        "    await door.wait()\n"
         "def shorter(prompts, completions, reference, **columns):\n"
         "    assert all(text.startswith('    return') for text in reference)\n"
         "    return [-len(text) / 100 for text in completions]\n"
+        "async def shorter_later(prompts, completions, **columns):\n"
+        "    await asyncio.wait_for(open_doors(), 5)\n"
+        "    return shorter(prompts, completions, **columns)\n"
         "number = 3\n"
     )
     return tmp_path
@@ -124,6 +132,14 @@ def test_rlvr_learns_what_a_reward_of_ones_own_asks_for(model, workplace):
         expected = [r["reward"] - statistics.mean(o["reward"] for o in group if o is not r) for r in group]
         assert [row["advantage"] for row in group] == pytest.approx(expected)
     assert all("".join(row["token_texts"]) == row["completion"] for row in rows)
+
+
+def test_a_reward_may_be_a_coroutine(model, workplace):
+    words = ("--method", "rlvr", "--max_completion_length", "8", "--num_generations", "4")
+    for name in ("shorter", "shorter_later"):
+        assert train(model, *words, "--reward", f"rewards_of_mine.{name}", output=name, steps=2) == 0
+    one, other = ([r["reward"] for r in metrics(name) if "reward" in r] for name in ("shorter", "shorter_later"))
+    assert len(one) == 2 and one == other
 
 
 def test_completions_of_an_evaluation_are_not_kept(model, workplace):

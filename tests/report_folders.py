@@ -16,7 +16,7 @@ import yaml
 METHODS = {"sft": "learning_rate=0.0001", "rlvr": "learning_rate=0.00001", "ebft": "learning_rate=0.0001"}
 OTHER = "learning_rate=0.001"  # of ebft; not selected
 SEEDS = (0, 1, 2)
-STEPS = (0, 10, 20, 30, 40)
+STEPS = (10, 20, 30, 40)
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 SOLVED = "problems/greedy/pass@1"
 SAMPLED = "problems/sampled/pass@4"

@@ -288,14 +288,14 @@ def test_markdown_has_means_and_differences(tmp_path):
     ]
     summary += [
         about
-        | {"model": "ebft", "measure": "feature_matching_loss", "length": 4, "mean": 0.5, "low": 0.25, "high": 0.75}
+        | {"model": "ebft", "measure": "feature_matching_loss", "length": 4, "mean": 0.5, "low": -2e-17, "high": 0.75}
     ]
     pairs = [{**summary[0], "model": "ebft - base", "mean": 1.0, "low": -0.5, "high": 2.5, "p_value": 0.25}]
     markdown.save(tmp_path / "tables.md", summary, pairs, ["base", "ebft"])
     text = (tmp_path / "tables.md").read_text()
     assert "| ebft | a=1 | 8 | 2 |" in text
     assert "|  | base | ebft |\n| --- | --- | --- |\n| x\\|y | 1 | 2 |\n" in text
-    assert "| feature matching loss, length 4 | - | 0.5 [0.25, 0.75] |" in text
+    assert "| feature matching loss, length 4 | - | 0.5 [0, 0.75] |" in text
     assert "| x\\|y | +1 [-0.5, +2.5], p 0.25 |" in text
 
 
@@ -311,6 +311,8 @@ def test_corpus_scores_are_paired_by_seed():
     for name, values in differences.items():
         assert (pairs[name]["low"], pairs[name]["p_value"]) == (pytest.approx(tables.t_interval(values)["low"]), None)
     assert tables.paired_over_seeds(rows, known=[{"measure": "BLEU", "length": None}]) == []
+    floor = [row | {"measure": "feature_matching_floor"} for row in rows]  # of the references alone
+    assert tables.paired_over_seeds(floor, known=[]) == []
 
 
 def test_the_last_line_of_a_log(tmp_path):

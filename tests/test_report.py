@@ -102,14 +102,16 @@ def test_curves_are_means_of_the_selected_setting(comparison, title, measure, le
     assert list(lines) == ["base", *METHODS]
     for method in METHODS:
         by_step = rows[rows.method == method].groupby("step")
+        steps = [0, *STEPS]  # the first is the base model
         assert lines[method]["x"] == {
-            "step": list(STEPS),
-            "documents": [8 * step for step in STEPS],
-            "seconds": [2.5 * step for step in STEPS],
+            "step": steps,
+            "documents": [8 * step for step in steps],
+            "seconds": [2.5 * step for step in steps],
         }
-        assert lines[method]["mean"] == pytest.approx(list(by_step["mean"].mean()))
+        assert lines[method]["mean"] == pytest.approx([*lines["base"]["mean"], *by_step["mean"].mean()])
         half = scipy.stats.t.ppf(0.975, 2) * by_step["mean"].sem()
-        assert lines[method]["low"] == pytest.approx(list(by_step["mean"].mean() - half), rel=1e-5)
+        low = lines[method]["low"]
+        assert low[0] is None and low[1:] == pytest.approx(list(by_step["mean"].mean() - half), rel=1e-5)
     assert lines["base"]["level"] is True and len(lines["base"]["mean"]) == 1
 
 

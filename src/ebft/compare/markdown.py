@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..evaluation.report import label
+from ..evaluation.report import in_digits, label
 from .tables import Row
 
 
@@ -51,10 +51,10 @@ def _numbers(rows: Iterable[Row], columns: Sequence[str]) -> str:
 
 
 def _cell(row: Row, signed: bool) -> str:
-    sign = "+" if signed else ""
-    text = f"{row['mean']:{sign}.3g}"
+    form = "+.3g" if signed else ".3g"
+    text = in_digits(row["mean"], form)
     if row["low"] is not None:
-        text += f" [{row['low']:{sign}.3g}, {row['high']:{sign}.3g}]"
+        text += f" [{in_digits(row['low'], form)}, {in_digits(row['high'], form)}]"
     return text + (f", p {row['p_value']:.2g}" if row.get("p_value") is not None else "")
 
 

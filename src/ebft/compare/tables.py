@@ -29,6 +29,8 @@ BASE = "base"  # the name of what all methods start from
 OF_BASE = {"method": BASE, "setting": "", "seed": 0, "part": 0, "step": 0, "documents": 0, "train_seconds": 0.0}
 OF_BASE |= {"selected": True}
 FLIPS = 9_999  # of signs, in a paired test
+# Without differences of methods: the floor is the references' own, and what is shared differs as the excess does.
+NOT_COMPARED = ("feature_matching_floor", "feature_matching_shared")
 
 
 def validation_rows(cell: Cell) -> list[Row]:
@@ -125,7 +127,7 @@ def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[A
         pairs = [(new, old) for new, old in pairs if old is not None]
         for measure in pairs[0][0] if pairs else ():
             differences = [unit_differences(new, old, measure) for new, old in pairs]
-            if any(found is None for found in differences):
+            if measure in NOT_COMPARED or any(found is None for found in differences):
                 continue
             stacked = np.stack([found for found in differences if found is not None])  # seeds, units, lengths
             for index, length in enumerate(axes.get(measure, (None,))):
@@ -145,7 +147,9 @@ def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
     there = {(row["measure"], row["length"]) for row in known}
     found: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["mean"] is not None and (row["measure"], row["length"]) not in there:
+        if row["measure"] in NOT_COMPARED or row["mean"] is None:
+            continue
+        if (row["measure"], row["length"]) not in there:
             found[row["split"], row["measure"], row["length"]][row["method"]][row["seed"]] = row["mean"]
     out = []
     for (split, measure, length), methods in found.items():

@@ -21,6 +21,7 @@ from .summary import Row
 
 RESULTS, NUMBERS, PLOTS, LOCK = "results.json", "results.csv", "plots", ".evaluation.lock"
 PLACES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of which the tables show a position's numbers
+ROUNDING = 1e-12
 FLOOR, SHARED = "feature_matching_floor", "feature_matching_shared"
 # How the measures of documents begin.
 IN_WORDS = ("cross_entropy", "perplexity", "feature_matching", "entropy", "duplicate_rate", "distinct", "self_bleu")
@@ -128,14 +129,19 @@ def label(row: Row) -> str:
     return f"{name}, token {row['length']}" if row["measure"] in BY_POSITION else f"{name}, length {row['length']}"
 
 
+def in_digits(value: float, form: str = ".4g") -> str:
+    """A number as people read it: what is nothing but rounding errors is 0."""
+    return format(0.0 if abs(value) < ROUNDING else value, form)
+
+
 def _cell(row: Row) -> Text:
     """Mean, and below it the interval, or the p-value of a paired bootstrap."""
-    below = f"[{row['low']:.4g}, {row['high']:.4g}]" if row["low"] is not None else ""
+    below = f"[{in_digits(row['low'])}, {in_digits(row['high'])}]" if row["low"] is not None else ""
     if row.get("units") == 1:
         below = "of one"  # the bootstrap of a single document or problem has no width and would look exact
     if row.get("p_value") is not None:
         below = f"p = {row['p_value']:.2g}"
-    return Text.assemble(f"{row['mean']:.4g}\n", (below, "dim"))
+    return Text.assemble(f"{in_digits(row['mean'])}\n", (below, "dim"))
 
 
 def plot(folder: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Path]:

@@ -16,6 +16,7 @@ MOST_POINTS = 1500  # of a line; more cannot be told apart on a screen
 TRAINED_LENGTH = 8  # the completion length of the paper's figure, shown if it was measured
 LOSS = "feature_matching_loss"
 TRAINING_STYLE = 2  # dotted, in figures.js
+BASE = "base"  # the method that is what all others start from
 
 # Title, unit, metric; the parts of the reward and what else tells how training goes.
 REWARD_PANELS = (
@@ -98,12 +99,14 @@ def _accuracy_lines(sources: Sources, kind: str) -> list[Line]:
         # BLEU of one greedy translation each; of several samples, whatever is made of them.
         chosen = chosen or [name for name in names if "BLEU" in name and ("first" in name) == (kind == "greedy")]
         for style, measure in enumerate(chosen):
-            lines += _comparison_lines(sources, prefix, comparison, (measure, None), style, measure)
+            of = measure.replace(f"/{kind}/", ", ")
+            lines += _comparison_lines(sources, prefix, comparison, (measure, None), style, of)
     for index, group in enumerate(sources.groups):
         keys = dict.fromkeys(key for run in group.runs for record in run.records.values() for key in record)
         chosen = [key for key in keys if key.startswith("eval_") and is_accuracy(key, kind)]
         for style, key in enumerate(chosen):
-            lines += _line(group.name, index, _metric(group, key), style, key.removeprefix("eval_"))
+            of = key.removeprefix("eval_").replace(f"/{kind}/", ", ")
+            lines += _line(group.name, index, _metric(group, key), style, of)
     return lines
 
 
@@ -147,12 +150,15 @@ def _comparison_lines(
 ) -> list[Line]:
     lines: list[Line] = []
     rows = [r for r in comparison.selected(comparison.curve_split()) if (r["measure"], r["length"]) == measure]
-    for method in methods_of(rows):
+    curves = {method: at_each_step(row for row in rows if row["method"] == method) for method in methods_of(rows)}
+    start = curves.get(BASE, [])
+    for method, points in curves.items():
         name = f"{prefix}{method}"
-        points = at_each_step(row for row in rows if row["method"] == method)
+        # All start from the base model, whose own line is drawn across, to compare the others with.
+        if method != BASE and points[0]["step"] > 0:
+            points = [*start, *points]
         drawn = _line(name, _place(sources, name), points, style, of)
-        # The base model is measured once: its line is drawn across, to compare the others with.
-        lines += [line | {"level": method == "base"} for line in drawn]
+        lines += [line | {"level": method == BASE} for line in drawn]
     return lines
 
 

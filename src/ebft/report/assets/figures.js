@@ -27,6 +27,24 @@ function escaped(text) {
   return visible(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
+function dashOf(line) {
+  return DASHES[line.style % DASHES.length];
+}
+
+// What the lines of a panel are of, each with its dashes: [] unless there are several.
+function kinds(panel) {
+  const found = new Map(panel.lines.map((line) => [line.of, line]));
+  return found.size > 1 ? [...found.values()] : [];
+}
+
+// A legend of dashes; colors are named once, above all figures.
+function keys(panel) {
+  return kinds(panel).map((line) => ({
+    x: [null], y: [null], name: escaped(line.of), type: "scatter", mode: "lines", hoverinfo: "skip",
+    line: { color: css("--text-soft"), width: 2.2, dash: dashOf(line) },
+  }));
+}
+
 function traces(panel, axis) {
   const widest = panel.lines.map((line) => line.x[axis]).flat();
   return panel.lines.flatMap((line) => {
@@ -38,7 +56,8 @@ function traces(panel, axis) {
     const [mean, low, high] = [twice(line.mean), twice(line.low), twice(line.high)];
     const drawn = { x, y: mean, name: escaped(line.name), type: "scatter", legendgroup: line.name };
     drawn.mode = across || x.length > 30 ? "lines" : "lines+markers";
-    drawn.line = { color, width: line.style === 2 ? 1.5 : 2.2, dash: across ? "dash" : DASHES[line.style % DASHES.length] };
+    drawn.line = { color, width: across || line.style === 2 ? 1.5 : 2.2, dash: dashOf(line) };
+    drawn.showlegend = kinds(panel).length < 2;
     drawn.marker = { color, size: x.length > 1 ? 5 : 9 };
     const known = x.map((_, i) => i).filter((i) => low[i] !== null);
     if (known.length === 0) {
@@ -84,7 +103,7 @@ function draw({ panel, place }) {
   const chosen = document.querySelector("input[name=axis]:checked").value;
   const axis = panel.axis === "training" ? chosen : panel.axis;
   const options = { displaylogo: false, responsive: true, displayModeBar: false };
-  return Plotly.react(place, traces(panel, axis), layout(panel, axis), options);
+  return Plotly.react(place, [...traces(panel, axis), ...keys(panel)], layout(panel, axis), options);
 }
 
 function frames() {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -123,12 +124,21 @@ def sampling_share(words: list[str], updates: int, batch: int, own: Tensor) -> f
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """What was measured, to look at."""
-    shown = Table(title="Signal and noise of an update's gradient; +- standard errors")
-    for column in ("", "norm of the mean", "signal / noise", "documents for 1", "cosine with SFT's", "from rollouts"):
-        shown.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    title = "Signal and noise of an update's gradient, by whitening; +- standard errors"
+    shown = Table(title=title, box=box.SIMPLE_HEAD)
+    columns = (
+        "",
+        "norm of\nthe mean",
+        "signal /\nnoise",
+        "documents\nfor 1",
+        "cosine\nwith SFT's",
+        "noise from\nrollouts",
+    )
+    for column in columns:
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         shown.add_row(
-            row["arm"],
+            row["arm"].replace("whitening ", ""),
             f"{row['signal']:.3g}",
             f"{row['ratio']:.3g} +- {row['ratio_error']:.2g}",
             f"{row['documents']:.3g}",

@@ -125,7 +125,7 @@ def sampling_share(words: list[str], updates: int, batch: int, own: Tensor) -> f
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """What was measured, to look at."""
     title = "Signal and noise of an update's gradient, by whitening; +- standard errors"
-    shown = Table(title=title, box=box.SIMPLE_HEAD)
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     columns = (
         "",
         "norm of\nthe mean",
@@ -140,9 +140,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             row["arm"].replace("whitening ", ""),
             f"{row['signal']:.3g}",
-            f"{row['ratio']:.3g} +- {row['ratio_error']:.2g}",
+            f"{row['ratio']:.2g} +- {row['ratio_error']:.1g}",
             f"{row['documents']:.3g}",
-            f"{row['cosine']:.2f} +- {row['cosine_error']:.2g}",
+            f"{row['cosine']:.2f} +- {row['cosine_error']:.1g}",
             f"{row['rollouts']:.0%}",
         )
     return shown

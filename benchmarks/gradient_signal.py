@@ -128,9 +128,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     columns = (
         "",
-        "norm of\nthe mean",
+        "mean's\nnorm",
         "signal /\nnoise",
-        "documents\nfor 1",
+        "texts\nfor 1",
         "cosine\nwith SFT's",
         "noise from\nrollouts",
     )

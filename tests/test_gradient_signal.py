@@ -70,7 +70,7 @@ def test_the_command_compares_all_arms(words, tmp_path, capsys):
     assert [row["arm"] for row in rows] == list(ARMS)
     assert rows[0]["cosine"] == pytest.approx(1.0)
     assert all(row["rollouts"] > 0 for row in rows[1:])
-    assert "EBFT, whitening paper" in capsys.readouterr().out
+    assert "EBFT, paper" in capsys.readouterr().out
 
 
 def test_too_few_updates_are_refused(words):

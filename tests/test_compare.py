@@ -185,6 +185,7 @@ def test_other_settings_are_not_mixed(compared, here, capsys):
         (CLOCK | {"train": {"lr_scheduler_type": "cosine"}}, "lr_scheduler_type='cosine' needs the number of steps"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]: give different numbers"),
         ({"checkpoint": "first"}, "checkpoint='first': use best or last"),
+        ({"against": "sfd"}, "against='sfd': no method of this comparison ("),
         ({"methods": {"ppo": {}}}, "methods.ppo.method='ppo': use one of ebft, sft, rlvr"),
         ({"methods": {"base": {}}}, "methods.base: make the name"),
         ({"methods": {"sft": {"grid": {"learning_rate": [1, 2]}}, "ebft": {}}}, "(sft 2, ebft 1): tune all alike"),
@@ -313,6 +314,27 @@ def test_corpus_scores_are_paired_by_seed():
     assert tables.paired_over_seeds(rows, known=[{"measure": "BLEU", "length": None}]) == []
     floor = [row | {"measure": "feature_matching_floor"} for row in rows]  # of the references alone
     assert tables.paired_over_seeds(floor, known=[]) == []
+
+
+def test_pairs_of_methods():
+    names = ["base", "sft", "default", "gamma-0"]
+    assert tables.pairs_of(names, None) == [
+        *(("base", "sft"), ("base", "default"), ("base", "gamma-0")),
+        *(("sft", "default"), ("sft", "gamma-0"), ("default", "gamma-0")),
+    ]
+    expected = [("base", "default"), ("default", "sft"), ("default", "gamma-0")]
+    assert tables.pairs_of(names, "default") == expected
+    assert tables.pairs_of(names[1:], "default") == expected[1:]
+    assert tables.pairs_of(names, "failed") == []
+
+
+def test_many_methods_are_lines(tmp_path):
+    about = {"split": "test", "length": None, "setting": "", "documents": 8.0, "train_seconds": 2.0, "units": 2}
+    about |= {"low": None, "high": None}
+    names = [f"m{i}" for i in range(7)]
+    rows = [about | {"model": n, "measure": m, "mean": float(i)} for i, n in enumerate(names) for m in ("x", "y")]
+    markdown.save(tmp_path / "tables.md", rows, [], names)
+    assert "|  | x | y |\n| --- | --- | --- |\n| m0 | 0 | 0 |\n| m1 | 1 | 1 |" in (tmp_path / "tables.md").read_text()
 
 
 def test_the_last_line_of_a_log(tmp_path):

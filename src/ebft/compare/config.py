@@ -43,6 +43,7 @@ class CompareConfig:
     select: str = _setting("cross_entropy/answer", "Measure that chooses among settings, on validation data.")
     select_length: int | None = _setting(None, "Its completion length, where it is measured at several.")
     checkpoint: str = _setting("best", "Report the best checkpoint (on validation data) or the `last` one.")
+    against: str | None = _setting(None, "Give differences to this method alone. Default: of every pair of methods.")
     output_dir: str = _setting("", "Where everything goes. Default: runs/compare-DATA.")
     workers: int = _setting(1, "Runs at a time. More `ebft compare` commands in one output_dir share the work.")
 
@@ -60,6 +61,8 @@ class CompareConfig:
             raise ValueError(f"seeds={self.seeds}: give different numbers, each at least 0.")
         if self.checkpoint not in ("best", "last"):
             raise ValueError(f"checkpoint={self.checkpoint!r}: use best or last.")
+        if self.against is not None and self.against not in self.methods:
+            raise ValueError(f"against={self.against!r}: no method of this comparison ({', '.join(self.methods)}).")
         self._check_options()
         points = {name: len(self.settings_of(name)) for name in self.methods}
         if len(set(points.values())) > 1:

@@ -6,6 +6,8 @@ from pathlib import Path
 from ..evaluation.report import in_digits, label
 from .tables import Row
 
+MOST_COLUMNS = 6  # of methods or pairs; more are lines, with a column for each number
+
 
 def save(path: Path, summary: Sequence[Row], pairs: Sequence[Row], methods: Sequence[str]) -> None:
     """Write what was chosen and its cost, and of each split the means and the paired differences.
@@ -46,8 +48,9 @@ def _numbers(rows: Iterable[Row], columns: Sequence[str]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(label(row), {})[row["model"]] = _cell(row, signed=" - " in row["model"])
-    lines = [[text, *(line.get(name, "-") for name in columns)] for text, line in cells.items()]
-    return _table(["", *columns], lines)
+    if len(columns) > MOST_COLUMNS:
+        return _table(["", *cells], [[name, *(line.get(name, "-") for line in cells.values())] for name in columns])
+    return _table(["", *columns], [[text, *(line.get(name, "-") for name in columns)] for text, line in cells.items()])
 
 
 def _cell(row: Row, signed: bool) -> str:

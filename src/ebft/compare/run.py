@@ -107,7 +107,7 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     with _progress(console) as progress:
         task = progress.add_task("measured", total=len(models), completed=sum(model.is_measured() for model in models))
         testing.measure(models, config.workers, lambda: progress.advance(task))
-    found, pairs = testing.read(models)
+    found, pairs = testing.read(models, config.against)
     rows += found
     tables.save_table(rows, folder, RESULTS)
     summary = [row for row in tables.over_seeds(rows) if row["split"] != testing.VALIDATION]
@@ -135,6 +135,6 @@ def _show(config: CompareConfig, summary, pairs, chosen, console: Console) -> No
         rows = [row for row in summary if row["split"] == split]
         show(console, rows, names, f"{split}: means over seeds, 95 % t-intervals")
         rows = [row | {"p_value": None} for row in pairs if row["split"] == split]
-        differences = [f"{b} - {a}" for i, a in enumerate(config.methods) for b in list(config.methods)[i + 1 :]]
+        differences = [f"{b} - {a}" for a, b in tables.pairs_of(config.methods, config.against)]
         if differences and rows:
             show(console, rows, differences, f"{split}: paired differences, 95 % t-intervals over seeds")

@@ -108,21 +108,32 @@ def t_interval(values: Sequence[float]) -> Row:
     return {"mean": mean, "low": low, "high": high, "units": len(values)}
 
 
-def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[Any]], split: str) -> list[Row]:
-    """Differences of every pair of methods on the same test documents or problems.
+def pairs_of(methods: Iterable[str], against: str | None) -> list[tuple[str, str]]:
+    """The pairs of methods whose differences are given, the second minus the first."""
+    names = list(dict.fromkeys(methods))
+    if against is None:
+        return list(combinations(names, 2))
+    start = [(BASE, against)] if BASE in names and against in names else []
+    return start + [(against, name) for name in names if against in names and name not in (BASE, against)]
+
+
+def paired(
+    means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[Any]], split: str, against: str | None = None
+) -> list[Row]:
+    """Differences of pairs of methods on the same test documents or problems.
 
     Args:
         means: (method, seed) -> measure -> sums and counts of units; the base model has seed 0 alone.
         axes: Measure -> lengths, of those that are curves.
         split: Of the data.
+        against: The method that all others are compared with; every pair if None.
 
     Returns:
         Rows with the mean difference; its t-interval over seeds, paired by seed; and the p-value of a sign-flip test
         over units, each one's difference averaged over seeds: of models as they are, not of another training.
     """
     rows = []
-    methods = list(dict.fromkeys(method for method, _ in means))
-    for one, other in combinations(methods, 2):
+    for one, other in pairs_of((method for method, _ in means), against):
         pairs = [(means[m, s], means.get((one, s), means.get((one, 0)))) for m, s in means if m == other]
         pairs = [(new, old) for new, old in pairs if old is not None]
         for measure in pairs[0][0] if pairs else ():
@@ -137,12 +148,13 @@ def paired(means: Mapping[tuple[str, int], Means], axes: Mapping[str, Sequence[A
     return rows
 
 
-def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
+def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row], against: str | None = None) -> list[Row]:
     """Differences of the measures that are of a corpus as a whole, such as BLEU: a t-interval over seeds, no test.
 
     Args:
         rows: Tidy rows of the chosen cells and the base model on one split.
         known: Rows of `paired`, whose measures are left out.
+        against: As in `paired`.
     """
     there = {(row["measure"], row["length"]) for row in known}
     found: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
@@ -153,7 +165,7 @@ def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row]) -> list[Row]:
             found[row["split"], row["measure"], row["length"]][row["method"]][row["seed"]] = row["mean"]
     out = []
     for (split, measure, length), methods in found.items():
-        for one, other in combinations(methods, 2):
+        for one, other in pairs_of(methods, against):
             old, new = methods[one], methods[other]
             old = dict.fromkeys(new, old[0]) if one == BASE else old
             differences = [new[seed] - old[seed] for seed in new if seed in old]

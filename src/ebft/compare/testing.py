@@ -91,8 +91,8 @@ def measure(models: Sequence[Measured], workers: int, on_end: Callable[[], objec
     Workers(Measurement(model.folder, on_end) for model in new).run(workers)
 
 
-def read(models: Sequence[Measured]) -> tuple[list[tables.Row], list[tables.Row]]:
-    """The tidy rows of all, and on the test data the differences of each pair of methods."""
+def read(models: Sequence[Measured], against: str | None) -> tuple[list[tables.Row], list[tables.Row]]:
+    """The tidy rows of all, and on the test data the differences of each pair of methods, or to one of them."""
     rows, pairs = [], []
     for split in dict.fromkeys(model.about["split"] for model in models):
         members = [model for model in models if model.about["split"] == split]
@@ -106,6 +106,6 @@ def read(models: Sequence[Measured]) -> tuple[list[tables.Row], list[tables.Row]
         if split != VALIDATION:
             keys = [(model.about["method"], model.about["seed"]) for model in members]
             means = {key: next(iter(each.means.values())) for key, each in zip(keys, evaluations, strict=True)}
-            of_units = tables.paired(means, evaluations[0].axes, split)
-            pairs += of_units + tables.paired_over_seeds(found, of_units)
+            of_units = tables.paired(means, evaluations[0].axes, split, against)
+            pairs += of_units + tables.paired_over_seeds(found, of_units, against)
     return rows, pairs

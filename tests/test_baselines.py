@@ -219,6 +219,7 @@ def test_bleu_is_sacrebleus_of_the_first_line():
         (("--method", "rlvr", "--reward", "rewards_of_mine.number"), "is no function"),
         (("--method", "rlvr", "--reward", "bleu", "--num_generations", "1"), "num_generations=1"),
         (("--method", "rlvr", "--reward", "bleu", "--dataset_name", "text.jsonl"), "text without prompts has none"),
+        (("--method", "rlvr", "--reward", "bleu", "--per_device_train_batch_size", "7"), "12 prompts, but one update"),
         (("--max_train_seconds", "0"), "max_train_seconds: got 0.0; give seconds above 0"),
         pytest.param(
             ("--method", "rlvr", "--reward", "unit_tests", "--dataset_name", "untested.jsonl"),

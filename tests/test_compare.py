@@ -14,9 +14,10 @@ from scipy import stats
 
 from ebft.callbacks import TrainingClock
 from ebft.cli import main
-from ebft.compare import markdown, tables
+from ebft.compare import cell_process, markdown, tables
 from ebft.compare.cells import Cell, cells_of
 from ebft.compare.config import CompareConfig
+from ebft.compare.selection import choose
 from ebft.compare.workers import last_line
 from ebft.evaluation.intervals import DocumentMean
 from tiny import byte_bpe_tokenizer
@@ -46,6 +47,7 @@ def workplace(tmp_path_factory):
     tokenizer.save_pretrained(folder / "base")
     for name, count, start in (("train", 12, 0), ("validation", 4, 100), ("test", 5, 200)):
         write(folder / f"{name}.jsonl", count, start)
+    write(folder / "copy.jsonl", 12, 0)  # of train.jsonl
     (folder / "reward_of_mine.py").write_text(BROKEN)
     evaluation = {"metrics": ["cross_entropy"]}
     features = {"lengths": [1, 2], "context_length": 3, "num_generations": 2, "contexts_per_document": 1}
@@ -119,7 +121,8 @@ def test_numbers_are_those_of_the_runs(compared, workplace):
     for method, rate in (("sft", "0.01"), ("ebft", "0.01"), ("rlvr", "0.0001")):
         found = []
         for seed in (3, 4):
-            path = workplace / "out" / "cells" / f"{method}-learning_rate={rate}-seed{seed}" / "test" / "results.json"
+            cell = workplace / "out" / "cells" / f"{method}-learning_rate={rate}-seed{seed}"
+            (path,) = cell.glob("test-checkpoint-*/results.json")
             (row,) = (row for row in json.loads(path.read_text())["results"] if row["measure"] == CE)
             found.append(row["mean"])
         row, half = summary[method, CE, ""], 12.7062 * abs(found[0] - found[1]) / 2  # t(0.975; 1), standard error
@@ -173,6 +176,36 @@ def test_other_settings_are_not_mixed(compared, here, capsys):
     assert main(["compare", "--config", "c.yaml"]) == 2
     assert "was begun with other settings (the training data)" in capsys.readouterr().err
     write(here / "train.jsonl", 12, 0)
+    write(here / "validation.jsonl", 5, 100)
+    assert main(["compare", "--config", "c.yaml"]) == 2
+    assert "was begun with other settings (the validation, or the base model)" in capsys.readouterr().err
+    write(here / "validation.jsonl", 4, 100)
+
+
+def test_another_choice_is_measured_beside_the_first(compared, here):
+    assert main(["compare", "--config", "c.yaml", "--checkpoint", "last"]) == 0
+    rows = pq.read_table("out/results.parquet").to_pylist()
+    assert {row["part"] for row in rows if row["split"] == "test" and row["method"] != "base"} == {2}
+    assert yaml.safe_load(Path("out/chosen.yaml").read_text())["sft"]["part"] == 2
+    assert main(["compare", "--config", "c.yaml"]) == 0
+
+
+def test_one_failing_measurement_does_not_lose_the_tables(compared, here, capsys):
+    config = yaml.safe_load(Path("c.yaml").read_text())
+    Path("bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
+    config["more_tests"] = {"far": {"dataset_name": "bad.jsonl", "metrics": ["cross_entropy"]}}
+    Path("far.yaml").write_text(yaml.safe_dump(config))
+    Path("out/summary.csv").unlink()
+    assert main(["compare", "--config", "far.yaml"]) == 2
+    assert "7 measurements on test data failed (out/base/far: " in capsys.readouterr().err
+    assert "sft,learning_rate=0.01" in Path("out/summary.csv").read_text()
+
+
+def test_a_cell_that_is_done_is_left_alone(compared, here):
+    folder = Path("out/cells/sft-learning_rate=0.01-seed3").absolute()
+    before = (folder / "cell.json").stat().st_mtime_ns
+    assert cell_process.run(cell_process.read(folder), Path("out/validation.yaml")) == 0
+    assert (folder / "cell.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -196,7 +229,28 @@ def test_other_settings_are_not_mixed(compared, here, capsys):
         ({"methods": {"sft": {"lerning_rate": 1}}}, "unknown option lerning_rate; did you mean learning_rate?"),
         ({"methods": {"rlvr": {}}}, "methods.rlvr (no grid): reward: missing"),
         ({"validation": {"dataset": "x"}}, "validation.dataset: no option of ebft evaluate"),
-        ({"test": {"dataset_name": "validation.jsonl", "metrics": ["cross_entropy"]}}, "test: the same data as"),
+        (
+            {"test": {"dataset_name": "validation.jsonl"}},
+            "test.dataset_name='validation.jsonl': the same data as",
+        ),
+        ({"test": {"dataset_name": "copy.jsonl"}}, "the same data as dataset_name, and models are trained on it"),
+        ({"more_tests": {"far": {"code_benchmark": ["copy.jsonl"]}}}, "more_tests.far.code_benchmark='copy.jsonl'"),
+        ({"more_tests": {"base": {"dataset_name": "test.jsonl"}}}, "more_tests.base: make the name of letters"),
+        ({"more_tests": {"../x": {"dataset_name": "test.jsonl"}}}, "more_tests.../x: make the name of letters"),
+        ({"more_tests": {"far": None}}, "more_tests.far: None where lines `option: value` are expected"),
+        ({"test": {"dataset_name": "tets.jsonl"}}, "test.dataset_name='tets.jsonl': there is no such file"),
+        ({"model_name_or_path": "./bse"}, "bse"),
+        ({"methods": {"sft": {"grid": None}}}, "methods.sft.grid: None where lines"),
+        ({"methods": {"sft": {"grid": [1e-4]}}}, "methods.sft.grid: [0.0001] where lines"),
+        ({"methods": {"sft": {"dataset_name": "x"}}}, "methods.sft.dataset_name: the comparison sets it"),
+        ({"methods": {"sft": {"stride": 2}}}, "methods.sft (no grid): stride=2 does nothing with method: sft"),
+        (
+            {"methods": {"rlvr": {"reward": "reward_of_mine.rward"}}},
+            "reward='reward_of_mine.rward' cannot",
+        ),
+        ({"select": "cross_entropy/answr"}, "select='cross_entropy/answr' is not measured on the validation data"),
+        ({"select": "feature_matching_loss"}, "it takes dataset_name, with feature_matching among the metrics"),
+        ({"select": "x.jsonl/greedy/pass@1"}, "it takes a code_benchmark of that name (there are none)"),
         ({"test": {"dataset_name": "test.jsonl", "metrics": ["bleu"]}}, "test: metrics=['bleu']"),
         ({"select": "accuracy"}, "select='accuracy', select_length=None: not measured on the validation data"),
     ],
@@ -252,12 +306,12 @@ def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():
         for (s, p), found in values.items()
         for i, v in enumerate(found)
     ]
-    assert tables.choose(config, rows) == {"sft": ("b", 1)}
+    assert choose(config, rows) == {"sft": ("b", 1)}
     config.checkpoint = "last"
-    assert tables.choose(config, [row for row in rows if row["setting"] == "a"]) == {"sft": ("a", 2)}
+    assert choose(config, [row for row in rows if row["setting"] == "a"]) == {"sft": ("a", 2)}
     config.checkpoint, config.select = "best", "code/greedy/pass@1"
     found = [row | {"measure": config.select} for row in rows]
-    assert tables.choose(config, found) == {"sft": ("a", 2)}
+    assert choose(config, found) == {"sft": ("a", 2)}
 
 
 def test_intervals_and_sign_flips():
@@ -279,6 +333,17 @@ def test_units_are_paired_where_both_have_a_number():
     assert tables.unit_differences(new, old, "m").flatten().tolist() == pytest.approx([2 / 3, -4 / 3])
     other = {"m": DocumentMean(torch.tensor([2.0, 1.0, 8.0]), torch.ones(3))}
     assert tables.unit_differences(new, other, "m") is None and tables.unit_differences(new, {}, "m") is None
+
+
+def test_seeds_are_paired_with_themselves_where_one_is_missing():
+    def of(value: float) -> dict[str, DocumentMean]:
+        return {"m": DocumentMean(torch.full((4, 1), value, dtype=torch.float64), torch.ones(4, dtype=torch.float64))}
+
+    means = {("base", 0): of(5.0)} | {("sft", seed): of(10.0 * seed) for seed in (0, 1)}
+    means |= {("ebft", seed): of(10.0 * seed + 1) for seed in (0, 1, 2)}
+    rows = {row["model"]: row for row in tables.paired(means, {}, "test")}
+    assert (rows["ebft - sft"]["units"], rows["ebft - sft"]["mean"]) == (2, 1.0)
+    assert (rows["ebft - base"]["units"], rows["ebft - base"]["mean"]) == (3, 6.0)
 
 
 def test_markdown_has_means_and_differences(tmp_path):

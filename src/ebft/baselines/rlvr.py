@@ -68,6 +68,12 @@ def rlvr_trainer(
     if check is not None:
         for rows, label in ((train, "train_dataset"), (evaluation, "eval_dataset")):
             check(rows or [], label)
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(train) < step:  # TRL leaves out what fills no whole step, and would end without one
+        raise ValueError(
+            f"train_dataset has {len(train)} prompts, but one update takes {step} (per_device_train_batch_size x "
+            "gradient_accumulation_steps x processes): lower one of these, or give more prompts."
+        )
     tokenizer.padding_side = "left"
     kept = KeptCompletions(reward, tokenizer, args.rollout_save_steps, args.num_generations)
     trainer = RLOOTrainer(

@@ -34,11 +34,14 @@ def read(folder: Path) -> Cell:
     """A cell from its folder, to which its status and options were written."""
     status = yaml.safe_load((folder / STATUS).read_text(encoding="utf-8"))
     options = yaml.safe_load((folder / TRAIN).read_text(encoding="utf-8"))
-    return Cell(status["method"], status["setting"], status["seed"], options, folder, status["data"])
+    digests = {name: status.get(name) for name in ("data", "validation")}
+    return Cell(status["method"], status["setting"], status["seed"], options, folder, **digests)
 
 
 def run(cell: Cell, validation: Path) -> int:
     """Train, unless that is done, and measure the checkpoints."""
+    if cell.status()["status"] == "done":  # by another command, since this one looked
+        return 0
     cell.set_status("running")
     train(cell)
     measure(cell, validation)

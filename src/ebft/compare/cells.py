@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Cell:
         options: All options of `ebft train`.
         folder: Of the run.
         data: Digest of the training documents' file.
+        validation: Digest of what it is measured with, base model included.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Cell:
     options: Options
     folder: Path
     data: str | None = None
+    validation: str | None = None
 
     def write(self) -> None:
         """Write the cell's options, which `ebft train --config` reads.
@@ -48,8 +50,12 @@ class Cell:
         if status["status"] != "new":
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
             changed = [key for key in {**before, **self.options} if before.get(key) != self.options.get(key)]
-            texts = [f"{key} {before.get(key)!r} -> {self.options.get(key)!r}" for key in sorted(changed)]
+            # Another output_dir is another way to the same folder, or the folder was moved.
+            changed = sorted(key for key in changed if key != "output_dir")
+            texts = [f"{key} {before.get(key)!r} -> {self.options.get(key)!r}" for key in changed]
             texts += ["the training data"] if status.get("data") != self.data else []
+            known = status.get("validation") or self.validation  # not of cells begun with earlier versions
+            texts += ["the validation, or the base model"] if known != self.validation else []
             if texts:
                 raise ValueError(
                     f"output_dir: {self.folder} was begun with other settings ({', '.join(texts)}): choose another "
@@ -70,7 +76,7 @@ class Cell:
     def set_status(self, status: str, **more: Any) -> None:
         """Write what is known of it."""
         about = {"method": self.name, "setting": self.setting, "seed": self.seed, "status": status}
-        about |= {"data": self.data, **more}
+        about |= {"data": self.data, "validation": self.validation, **more}
         unfinished = self.folder / f"{STATUS}.unfinished"
         unfinished.write_text(json.dumps(about), encoding="utf-8")
         unfinished.replace(self.folder / STATUS)
@@ -99,18 +105,18 @@ def in_words(setting: Options) -> str:
     return ",".join(f"{name}={value}" for name, value in setting.items())
 
 
-def cells_of(config: CompareConfig) -> list[Cell]:
+def cells_of(config: CompareConfig, validation: str | None = None) -> list[Cell]:
     """All cells, seed by seed: a comparison that is stopped early has all methods at least."""
     data = file_digest(config.dataset_name)
     return [
-        _cell(config, name, setting, seed, data)
+        replace(_cell(config, name, setting, seed), data=data, validation=validation)
         for seed in config.seeds
         for name in config.methods
         for setting in config.settings_of(name)
     ]
 
 
-def _cell(config: CompareConfig, name: str, setting: Options, seed: int, data: str | None) -> Cell:
+def _cell(config: CompareConfig, name: str, setting: Options, seed: int) -> Cell:
     point = in_words(setting)
     words = "-".join(filter(None, (name, point.replace("/", "_"), f"seed{seed}")))
     folder = Path(config.output_dir) / "cells" / words
@@ -122,7 +128,7 @@ def _cell(config: CompareConfig, name: str, setting: Options, seed: int, data: s
     if config.train_seconds is not None:
         options.setdefault("warmup_steps", WARMUP)
     options["report_to"] = options.get("report_to", "none")
-    return Cell(name, point, seed, options, folder, data)
+    return Cell(name, point, seed, options, folder)
 
 
 def documents_of_update(options: Options) -> int:

@@ -9,8 +9,11 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ..evaluation.config import EvaluationConfig
+from ..evaluation.weights import check_weights
 from .cells import TRAIN, Cell
 from .config import CompareConfig, Options
+from .selection import check_select
+from .sources import check_sources
 
 EVALUATES = ("model_name_or_path", "output_dir", "plots")  # what the comparison sets
 
@@ -21,14 +24,11 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
     Raises:
         ValueError: Names the method or evaluation, and what is wrong.
     """
-    from ..cli.arguments import parse
-
-    data = {"validation": config.validation, "test": config.test}
-    data |= {f"more_tests.{name}": options for name, options in config.more_tests.items()}
-    for label, options in data.items():
+    for label, options in config.measured().items():
         evaluation_config(options, config.model_name_or_path, Path(config.output_dir) / "base", label)
-    if config.test == config.validation:
-        raise ValueError("test: the same data as validation, on which settings are chosen; hold out others.")
+    check_sources(config)
+    check_select(config)
+    check_weights(config.model_name_or_path)
     if config.train_seconds is not None:
         for cell in cells:
             _check_schedule(cell)
@@ -38,10 +38,24 @@ def check_options(config: CompareConfig, cells: list[Cell]) -> None:
             if cell.seed == config.seeds[0]:
                 path.write_text(yaml.safe_dump(cell.options), encoding="utf-8")
                 try:
-                    parse(["--config", str(path)])
+                    _check_training(path)
                 except ValueError as error:
                     text = re.sub(rf"^{re.escape(str(path))}:\d+: ", "", str(error))  # no file of the user's
                     raise ValueError(f"methods.{cell.name} ({cell.setting or 'no grid'}): {text}") from error
+
+
+def _check_training(path: Path) -> None:
+    """What `ebft train --config` would refuse before it loads anything."""
+    from ..baselines.rewards import make_reward
+    from ..baselines.settings import check_read
+    from ..cli.arguments import parse
+
+    arguments = parse(["--config", str(path)])
+    method = arguments.method
+    if method.method != "ebft":
+        check_read(arguments.training, method.method)
+    if method.reward is not None:
+        make_reward(method.reward, time_limit=method.time_limit, allow_weak_sandbox=method.allow_weak_sandbox)
 
 
 def _check_schedule(cell: Cell) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 METHODS = ("ebft", "sft", "rlvr")
 # What a comparison sets by itself: the same for all methods, or a cell's own.
-OURS = ("output_dir", "seed", "max_steps", "num_train_epochs", "max_train_seconds", "save_steps", "save_seconds")
-OURS += ("save_strategy", "save_total_limit", "logging_steps", "resume_from_checkpoint", "num_processes")
+OURS = ("model_name_or_path", "dataset_name", "output_dir", "seed")
+OURS += ("max_steps", "num_train_epochs", "max_train_seconds", "save_steps", "save_seconds", "save_strategy")
+OURS += ("save_total_limit", "logging_steps", "resume_from_checkpoint", "num_processes")
+NOT_A_SPLIT = ("base", "validation", "test", "rollouts", "train")  # other folders and splits of a cell
 LOWER_IS_BETTER = ("cross_entropy", "perplexity", "feature_matching", "duplicate_rate", "self_bleu")
 
 Options = dict[str, Any]
@@ -19,6 +21,10 @@ def _setting(default: Any, text: str) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def _is_plain(name: Any) -> bool:
+    return str(name).replace("_", "").replace("-", "").isalnum()
 
 
 @dataclass
@@ -71,15 +77,24 @@ class CompareConfig:
         self.output_dir = self.output_dir or str(Path("runs") / f"compare-{Path(self.dataset_name).stem}")
 
     def _check_options(self) -> None:
-        for label, options in {"train": self.train, **{f"methods.{k}": v for k, v in self.methods.items()}}.items():
+        trained = {"train": self.train, **{f"methods.{name}": options for name, options in self.methods.items()}}
+        grids = {f"{label}.grid": options["grid"] for label, options in trained.items() if "grid" in (options or {})}
+        for label, options in {**trained, **grids, **self.measured()}.items():
             if not isinstance(options, Mapping):
                 raise ValueError(f"{label}: {options!r} where lines `option: value` are expected.")
+        for label, options in trained.items():
             names = {*options, *options.get("grid", {})}
             taken = [name for name in OURS if name in names]
             if taken:
                 raise ValueError(f"{label}.{taken[0]}: the comparison sets it for all methods alike; remove it.")
+        for name in self.more_tests:
+            if not _is_plain(name) or name in NOT_A_SPLIT:
+                raise ValueError(
+                    f"more_tests.{name}: make the name of letters, digits, - and _, and none of "
+                    f"{', '.join(NOT_A_SPLIT)}."
+                )
         for name in self.methods:
-            if not str(name).replace("_", "").replace("-", "").isalnum() or name == "base":
+            if not _is_plain(name) or name == "base":
                 raise ValueError(f"methods.{name}: make the name of letters, digits, - and _, and not `base`.")
             method = self.method_of(name)
             if method not in METHODS:
@@ -87,6 +102,11 @@ class CompareConfig:
             for option, values in self.methods[name].get("grid", {}).items():
                 if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
                     raise ValueError(f"methods.{name}.grid.{option}={values!r}: give a list of different values.")
+
+    def measured(self) -> dict[str, Options]:
+        """What is measured, as the settings call it: options of `ebft evaluate`."""
+        more = {f"more_tests.{name}": options for name, options in self.more_tests.items()}
+        return {"validation": self.validation, "test": self.test, **more}
 
     def method_of(self, name: str) -> str:
         """What `ebft train` calls the method of that name."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation.report import is_at_work
 from .cell_process import BUSY
 from .cells import LOG, Cell
 from .workers import last_line
@@ -73,6 +74,9 @@ class Measurement:
         return self.folder / LOG
 
     def ended(self, code: int) -> bool:
-        """What failed shows when the numbers are read, which measures what is missing."""
+        """Waits for a killed command's process that is still at it; any other failure shows when numbers are read."""
+        if code and is_at_work(self.folder):
+            time.sleep(PATIENCE)
+            return True
         self.on_end()
         return False

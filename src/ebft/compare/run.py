@@ -14,6 +14,8 @@ from .cells import Cell, cells_of
 from .check import check_options
 from .config import CompareConfig, Options
 from .jobs import Training
+from .selection import choose
+from .sources import validation_digest
 from .workers import Workers
 
 RESULTS, SUMMARY, PAIRED, CHOSEN, TABLES = "results", "summary", "paired", "chosen.yaml", "tables.md"
@@ -36,19 +38,24 @@ def compare(config: CompareConfig, console: Console | None = None) -> list[table
         RuntimeError: Some cells failed; the tables are of the others.
     """
     console, folder = console or Console(), Path(config.output_dir)
-    cells = cells_of(config)
+    cells = cells_of(config, validation_digest(config))
     check_options(config, cells)
     validation = _write(config, cells, folder)
     done = sum(cell.status()["status"] == "done" for cell in cells)
     console.print(f"{len(cells)} runs, {done} of them done: {_counts(config)}", highlight=False)
     _run_cells(config, cells, validation, console)
     with FileLock(folder / "report.lock"):  # another command's may be at work on it
-        summary = _report(config, cells, folder, console)
-    failed = [cell for cell in cells if cell.status()["status"] == "failed"]
-    if failed:
-        texts = "; ".join(f"{cell.folder.name}: {cell.status().get('error')}" for cell in failed[:3])
-        raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed ({texts}); the same command tries them again.")
+        summary, unmeasured = _report(config, cells, folder, console)
+    failed = [f"{c.folder.name}: {c.status().get('error')}" for c in cells if c.status()["status"] == "failed"]
+    _tell("runs", failed, len(cells))
+    _tell("measurements on test data", unmeasured)
     return summary
+
+
+def _tell(what: str, failed: list[str], of: int | None = None) -> None:
+    if failed:
+        count = f"{len(failed)} of {of} {what}" if of else f"{len(failed)} {what}"
+        raise RuntimeError(f"{count} failed ({'; '.join(failed[:3])}); the same command tries them again.")
 
 
 def _counts(config: CompareConfig) -> str:
@@ -88,27 +95,37 @@ def _run_cells(config: CompareConfig, cells: list[Cell], validation: Path, conso
             text = f"runs ({states.count('failed')} failed)" if "failed" in states else "runs"
             progress.update(task, completed=states.count("done") + states.count("failed"), description=text)
 
+            if cell is not None and cell.status()["status"] == "done":
+                _save_so_far(cells, Path(config.output_dir))
+
         changed()
         waiting = [cell for cell in cells if cell.status()["status"] != "done"]
         Workers(Training(cell, validation, changed) for cell in waiting).run(config.workers)
 
 
-def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Console) -> list[tables.Row]:
-    """Choose, measure on the test data, write and show."""
+def _save_so_far(cells: list[Cell], folder: Path) -> None:
+    """What is measured while others still run, for `ebft report`: nothing is selected yet."""
+    with FileLock(folder / "results.lock"):  # of several workers, and of several commands
+        done = [cell for cell in cells if cell.status()["status"] == "done"]
+        tables.save_table([row for cell in done for row in tables.validation_rows(cell)], folder, RESULTS)
+
+
+def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Console):
+    """Choose, measure on the test data, write and show; the means over seeds, and what could not be measured."""
     done = [cell for cell in cells if cell.status()["status"] == "done"]
     if not done:
-        return []
+        return [], []
     rows = [row for cell in done for row in tables.validation_rows(cell)]
-    chosen = tables.choose(config, rows)
+    chosen = choose(config, rows)
     for row in rows:
         row["selected"] = chosen[row["method"]][0] == row["setting"]
-    (folder / CHOSEN).write_text(yaml.safe_dump(_said(config, chosen), sort_keys=False), encoding="utf-8")
     models = testing.to_measure(config, done, chosen, folder)
     with _progress(console) as progress:
         task = progress.add_task("measured", total=len(models), completed=sum(model.is_measured() for model in models))
         testing.measure(models, config.workers, lambda: progress.advance(task))
-    found, pairs = testing.read(models, config.against)
+    found, pairs, unmeasured = testing.read(models, config.against)
     rows += found
+    (folder / CHOSEN).write_text(yaml.safe_dump(_said(config, chosen), sort_keys=False), encoding="utf-8")
     tables.save_table(rows, folder, RESULTS)
     summary = [row for row in tables.over_seeds(rows) if row["split"] != testing.VALIDATION]
     tables.save_table(summary, folder, SUMMARY)
@@ -116,7 +133,7 @@ def _report(config: CompareConfig, cells: list[Cell], folder: Path, console: Con
     markdown.save(folder / TABLES, summary, pairs, [tables.BASE, *config.methods])
     _show(config, summary, pairs, chosen, console)
     console.print(f"Written: {folder}/{RESULTS}.parquet, {SUMMARY}.csv, {PAIRED}.csv, {TABLES}", highlight=False)
-    return summary
+    return summary, unmeasured
 
 
 def _said(config: CompareConfig, chosen: dict[str, tuple[str, int]]) -> Options:

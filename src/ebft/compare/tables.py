@@ -1,4 +1,4 @@
-"""From the measurements of all cells to the choice of settings and to tables with intervals over seeds.
+"""From the measurements of all cells to tables with intervals over seeds.
 
 A row of the tidy table is one number: method, setting, seed, split, part (1 .. checkpoints), step, documents,
 train_seconds, measure, length, mean, low, high (over documents or problems), units, selected (its setting was chosen).
@@ -20,7 +20,6 @@ from scipy import stats
 from ..artifacts import step_of
 from ..evaluation.intervals import DocumentMean
 from .cells import Cell, documents_of_update, seconds_by_step
-from .config import CompareConfig
 
 Row = dict[str, Any]
 Means = Mapping[str, DocumentMean]  # measure -> sums and counts of units
@@ -54,35 +53,6 @@ def describe(cell: Cell, part: int, step: int, seconds: Mapping[int, float]) -> 
 def numbers(row: Row) -> Row:
     """What a row of an evaluation says, without the model."""
     return {name: row.get(name) for name in NUMBERS}
-
-
-def choose(config: CompareConfig, rows: Sequence[Row]) -> dict[str, tuple[str, int]]:
-    """The setting and part of each method that are best on the validation data, by the mean over seeds.
-
-    Raises:
-        ValueError: `select` was not measured there.
-    """
-    found: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    last = {(row["method"], row["setting"], row["seed"]): row["part"] for row in rows}  # rows are in order of parts
-    for row in rows:
-        key = (row["method"], row["setting"], row["seed"])
-        wanted = (row["measure"], row["length"]) == (config.select, config.select_length)
-        if row["method"] != BASE and wanted and (config.checkpoint == "best" or row["part"] == last[key]):
-            found[row["method"], row["setting"], row["part"]].append(row["mean"])
-    if not found:
-        names = sorted({f"{row['measure']}" + (f" (length {row['length']})" if row["length"] else "") for row in rows})
-        raise ValueError(
-            f"select={config.select!r}, select_length={config.select_length}: not measured on the validation data, "
-            f"which has {', '.join(names)}."
-        )
-    sign = 1 if config.lower_is_better() else -1
-    chosen = {}
-    for name in dict.fromkeys(method for method, _, _ in found):
-        points = {key[1:]: values for key, values in found.items() if key[0] == name}
-        most = max(map(len, points.values()))  # a setting that lost seeds is not comparable
-        whole = {point: np.mean(values) for point, values in points.items() if len(values) == most}
-        chosen[name] = min(whole, key=lambda point: (sign * whole[point], point))
-    return chosen
 
 
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
@@ -134,7 +104,7 @@ def paired(
     """
     rows = []
     for one, other in pairs_of((method for method, _ in means), against):
-        pairs = [(means[m, s], means.get((one, s), means.get((one, 0)))) for m, s in means if m == other]
+        pairs = [(means[m, s], means.get((one, 0 if one == BASE else s))) for m, s in means if m == other]
         pairs = [(new, old) for new, old in pairs if old is not None]
         for measure in pairs[0][0] if pairs else ():
             differences = [unit_differences(new, old, measure) for new, old in pairs]

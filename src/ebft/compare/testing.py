@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from rich.console import Console
@@ -71,7 +72,9 @@ def to_measure(
         about = tables.describe(cell, part, step_of(checkpoint), seconds_by_step(cell.folder)) | {"selected": True}
         for split, options in tests.items():
             options = with_features(config, options)
-            found.append(Measured(about | {"split": split}, str(checkpoint), options, cell.folder / split))
+            # One folder per checkpoint: more cells, or another `checkpoint`, may choose another one.
+            where = cell.folder / f"{split}-{checkpoint.name}"
+            found.append(Measured(about | {"split": split}, str(checkpoint), options, where))
     return found
 
 
@@ -91,21 +94,36 @@ def measure(models: Sequence[Measured], workers: int, on_end: Callable[[], objec
     Workers(Measurement(model.folder, on_end) for model in new).run(workers)
 
 
-def read(models: Sequence[Measured], against: str | None) -> tuple[list[tables.Row], list[tables.Row]]:
-    """The tidy rows of all, and on the test data the differences of each pair of methods, or to one of them."""
-    rows, pairs = [], []
+class Results(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        rows: Tidy rows of all models.
+        pairs: On the test data the differences of each pair of methods, or to one of them.
+        failed: What could not be measured, with the reason.
+    """
+
+    rows: list[tables.Row]
+    pairs: list[tables.Row]
+    failed: list[str]
+
+
+def read(models: Sequence[Measured], against: str | None) -> Results:
+    """The numbers of all models; one that cannot be measured does not lose those of the others."""
+    rows, pairs, failed = [], [], []
     for split in dict.fromkeys(model.about["split"] for model in models):
-        members = [model for model in models if model.about["split"] == split]
-        evaluations = [model.read() for model in members]
-        found = [
-            model.about | tables.numbers(row)
-            for model, evaluation in zip(members, evaluations, strict=True)
-            for row in evaluation.rows
-        ]
+        measured: list[tuple[Measured, Evaluation]] = []
+        for model in models:
+            if model.about["split"] == split:
+                try:
+                    measured.append((model, model.read()))
+                except (ValueError, OSError, RuntimeError) as error:  # of the memory too: it is told at the end
+                    failed.append(f"{model.folder}: {error}")
+        found = [model.about | tables.numbers(row) for model, evaluation in measured for row in evaluation.rows]
         rows += found
-        if split != VALIDATION:
-            keys = [(model.about["method"], model.about["seed"]) for model in members]
-            means = {key: next(iter(each.means.values())) for key, each in zip(keys, evaluations, strict=True)}
-            of_units = tables.paired(means, evaluations[0].axes, split, against)
+        if split != VALIDATION and measured:
+            keys = [(model.about["method"], model.about["seed"]) for model, _ in measured]
+            means = {key: next(iter(each.means.values())) for key, (_, each) in zip(keys, measured, strict=True)}
+            of_units = tables.paired(means, measured[0][1].axes, split, against)
             pairs += of_units + tables.paired_over_seeds(found, of_units, against)
-    return rows, pairs
+    return Results(rows, pairs, failed)

@@ -81,7 +81,7 @@ def load_documents(
     source: dict[str, Any] = {"path": name}
     if path.exists():
         source = _local_source(path, field, _STREAM_CHECKED if streaming else None)
-    elif _looks_like_path(name):
+    elif looks_like_path(name):
         raise ValueError(
             f"{field}={name!r}: no such file or folder ({path.resolve()}), and not a Hub name either: "
             "correct the path, or pass 'owner/name' for a dataset of the Hub"
@@ -106,7 +106,7 @@ def load_documents(
     return dataset
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist was meant as a path, so that asking the Hub would only hide the typo."""
     suffixes = (*_TABLES, ".txt", ".gz")  # no others: a Hub name may end in .cpp or .ts
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)

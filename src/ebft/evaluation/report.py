@@ -84,6 +84,17 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_at_work(folder: Path) -> bool:
+    """Whether an evaluation has the folder at this moment."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:
     """Settings that results do not depend on; on the batch only transformers' sampling does, for its noise."""
     sampling = max(config["num_samples"], config["best_of"]) > 1 and config["generation_engine"] == "transformers"

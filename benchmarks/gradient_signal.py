@@ -24,8 +24,10 @@ from transformers import TrainerCallback
 
 from ebft.cli.arguments import parse
 from ebft.cli.train import build_trainer
+from ebft.config import EBFTConfig
 
 SFT = "SFT"
+BATCHES = 4  # whose rollouts' noise is measured
 ARMS = {
     SFT: ["--rl_coef", "0", "--ce_coef", "1"],
     **{f"EBFT, whitening {kind}": ["--ce_coef", "0", "--whitening", kind] for kind in ("none", "paper", "released")},
@@ -50,15 +52,33 @@ class Gradients(TrainerCallback):
         self.bar.update()
 
 
-def gradients(words: list[str], updates: int) -> Tensor:
-    """Gradients [updates, parameters] of a training that goes nowhere."""
+def gradients(words: list[str], updates: int, again: bool = False) -> Tensor:
+    """Gradients [updates, parameters] of a training that goes nowhere.
+
+    Args:
+        words: Options of `ebft train`.
+        updates: How many.
+        again: Documents may come again.
+
+    Raises:
+        ValueError: Some would, and `again` is False: their gradients would not be independent.
+    """
     with tempfile.TemporaryDirectory() as folder, tqdm(total=updates, desc="gradients", leave=False) as bar:
         kept = Gradients(bar)
         run = ["--max_steps", str(updates), "--output_dir", folder, "--max_grad_norm", "0"]
-        trainer = build_trainer(parse([*words, *run, *STILL, *QUIET]))
+        arguments = parse([*words, *run, *STILL, *QUIET])
+        trainer: Any = build_trainer(arguments)
+        needed, there = updates * documents_of(arguments.training), len(trainer.train_dataset)
+        if needed > there and not again:
+            raise ValueError(f"--updates {updates} take {needed} documents, of which there are {there}: lower it.")
         trainer.add_callback(kept)
         trainer.train()
     return torch.stack(kept.rows)
+
+
+def documents_of(training: EBFTConfig) -> int:
+    """Documents of one update."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
 def between(products: Tensor) -> Tensor:
@@ -105,21 +125,33 @@ def measure(words: list[str], updates: int, batch: int) -> list[dict[str, Any]]:
         row = {"arm": name, "signal": math.sqrt(max(float(between(own)), 0.0)), "ratio": ratio, "ratio_error": error}
         row["documents"] = batch / ratio if ratio > 0 else math.inf
         row["cosine"], row["cosine_error"] = with_error(cosine, own, sft @ sft.T, found @ sft.T)
-        row["rollouts"] = 0.0 if name == SFT else sampling_share([*words, *extra], updates, batch, own)
+        noise = float(own.diagonal().mean() - between(own))
+        share = (0.0, 0.0) if name == SFT else of_the_same([*words, *extra], updates, batch)
+        row["rollouts"], row["rollouts_error"] = share[0] / noise, share[1] / noise
         rows.append(row)
     return rows
 
 
-def sampling_share(words: list[str], updates: int, batch: int, own: Tensor) -> float:
-    """Share of the noise that stays when every update has the same documents: it comes from sampling rollouts."""
-    arguments = parse(words)
-    with tempfile.TemporaryDirectory() as folder, open(arguments.data.dataset_name, encoding="utf-8") as lines:
-        path = Path(folder) / "same.jsonl"
-        path.write_text("".join(islice(lines, batch)), encoding="utf-8")
-        found = gradients([*words, "--dataset_name", str(path)], updates).double()
-    products = found @ found.T
-    noise = own.diagonal().mean() - between(own)
-    return float((products.diagonal().mean() - between(products)) / noise)
+def of_the_same(words: list[str], updates: int, batch: int) -> tuple[float, float]:
+    """Noise that stays when all updates have the same documents, so that it comes from sampling rollouts.
+
+    Returns:
+        Its mean over `BATCHES` batches, and the standard error of that mean.
+    """
+    arguments, noises = parse(words), []
+    each = max(4, updates // BATCHES)
+    with open(arguments.data.dataset_name, encoding="utf-8") as lines:
+        for _ in range(BATCHES):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "same.jsonl"
+                path.write_text("".join(islice(lines, batch)), encoding="utf-8")
+                found = gradients(
+                    [*words, "--dataset_name", str(path)], max(4, updates // BATCHES), again=True
+                ).double()
+            products = found @ found.T
+            noises.append(products.diagonal().mean() - between(products))
+    found = torch.stack(noises)
+    return float(found.mean()), float(found.std() / BATCHES**0.5)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -143,7 +175,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['ratio']:.2g} +- {row['ratio_error']:.1g}",
             f"{row['documents']:.3g}",
             f"{row['cosine']:.2f} +- {row['cosine_error']:.1g}",
-            f"{row['rollouts']:.0%}",
+            f"{row['rollouts']:.0%} +- {row['rollouts_error']:.0%}",
         )
     return shown
 
@@ -157,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     if own.updates < 4:
         parser.error(f"argument --updates: got {own.updates}; give at least 4")
     training = parse(words).training
-    rows = measure(words, own.updates, training.per_device_train_batch_size * training.gradient_accumulation_steps)
+    rows = measure(words, own.updates, documents_of(training))
     Console().print(table(rows))
     if own.json:
         own.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")

@@ -2,7 +2,8 @@
 
 A context is a document cut behind one block. At the same weights, gradients of it with other rollouts each time give
 the length of its mean gradient and its noise; contexts are sorted by how probable the model finds what really comes.
-Options that are not its own are those of `ebft train`.
+Shares are of sums over contexts: what gradients of different contexts have in common, which an update's signal has as
+well, is not in them. Options that are not its own are those of `ebft train`.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def measure(words: list[str], context: Context, updates: int) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.jsonl"
         path.write_text(json.dumps(context) + "\n", encoding="utf-8")
-        found = gradients([*words, *OF_ONE, "--dataset_name", str(path)], updates).double()
+        found = gradients([*words, *OF_ONE, "--dataset_name", str(path)], updates, again=True).double()
     own = found @ found.T
     own[own.abs() < ROUNDING] = 0.0
     signal = float(between(own))
@@ -84,7 +85,14 @@ def by_probability(rows: Sequence[dict[str, float]], bins: int) -> list[dict[str
 def table(found: Sequence[dict[str, float]]) -> Table:
     """What was measured, to look at."""
     shown = Table(title="EBFT's gradient by context, from probable to improbable references", box=box.SIMPLE_HEAD)
-    heads = "contexts", "log-prob of\nreference", "no\ngradient", "of all\nsignal", "of all\nnoise", "signal /\nnoise"
+    heads = (
+        "contexts",
+        "log-prob of\nreference",
+        "no\ngradient",
+        "share of\nsignal",
+        "share of\nnoise",
+        "signal /\nnoise",
+    )
     for head in heads:
         shown.add_column(head, justify="right", no_wrap=True)
     whole = {name: sum(row[name] * row["contexts"] for row in found) or 1.0 for name in ("signal", "noise")}

@@ -145,9 +145,7 @@ def of_the_same(words: list[str], updates: int, batch: int) -> tuple[float, floa
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "same.jsonl"
                 path.write_text("".join(islice(lines, batch)), encoding="utf-8")
-                found = gradients(
-                    [*words, "--dataset_name", str(path)], max(4, updates // BATCHES), again=True
-                ).double()
+                found = gradients([*words, "--dataset_name", str(path)], each, again=True).double()
             products = found @ found.T
             noises.append(products.diagonal().mean() - between(products))
     found = torch.stack(noises)

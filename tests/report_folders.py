@@ -3,6 +3,7 @@
 PYTHONPATH=src python tests/report_folders.py FOLDER    # a comparison in FOLDER/comparison, a run in FOLDER/run
 """
 
+import itertools
 import json
 import math
 import random
@@ -20,6 +21,8 @@ STEPS = (10, 20, 30, 40)
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 SOLVED = "problems/greedy/pass@1"
 SAMPLED = "problems/sampled/pass@4"
+TESTS = ("test", "out_of_distribution")
+P_VALUE = 0.0142
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
@@ -101,20 +104,37 @@ def make_comparison(folder: Path) -> Path:
             make_run(folder / "cells" / name, seed=seed, contexts=contexts, settings=rate)
             (folder / "cells" / name / "cell.json").write_text(json.dumps(cell))
     pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+    pq.write_table(pa.Table.from_pylist(_pairs(noise)), folder / "paired.parquet")
     return folder
 
 
+def _pairs(noise) -> list[dict]:
+    """Of each test split, what `ebft compare` says of two methods: of measures of a corpus as a whole, no p-value."""
+    rows = []
+    for split, (one, other) in itertools.product(TESTS, itertools.combinations(("base", *METHODS), 2)):
+        for measure, length, p_value in (
+            (SOLVED, None, P_VALUE),
+            ("feature_matching_loss", 8, 1e-4),
+            ("BLEU", None, None),
+        ):
+            mean = noise.gauss(0, 0.1)
+            about = {"split": split, "model": f"{other} - {one}", "measure": measure, "length": length, "mean": mean}
+            rows.append(about | {"low": mean - 0.1, "high": mean + 0.1, "units": len(SEEDS), "p_value": p_value})
+    return rows
+
+
 def _rows(method, setting, seed, noise, steps, selected) -> list[dict]:
-    """Validation at every step, test at the last; better with training, EBFT's a little more."""
+    """Validation at every step, the tests at the last; better with training, EBFT's a little more."""
     gain = {"base": 0, "sft": 1.0, "rlvr": 0.8, "ebft": 1.3}[method]
     rows = []
-    for step, split in [*((step, "validation") for step in steps), (steps[-1], "test")]:
+    for step, split in [*((step, "validation") for step in steps), *((steps[-1], split) for split in TESTS)]:
         done = gain * (1 - math.exp(-step / 15))
         values = {("cross_entropy/answer", None): 4 - 0.4 * done, ("cross_entropy/all", None): 4.2 - 0.3 * done}
         values |= {(SOLVED, None): 0.3 + 0.1 * done, (SAMPLED, None): 0.5 + 0.1 * done}
         values |= {("feature_matching_loss", n): 0.6 + 0.04 * math.log2(n) - 0.05 * done for n in LENGTHS}
         place = {"split": split, "step": step, "documents": 8 * step, "train_seconds": 2.5 * step}
-        about = {"method": method, "setting": setting, "seed": seed, "selected": selected, "units": 88}
+        part = steps.index(step) + (method != "base")
+        about = {"method": method, "setting": setting, "seed": seed, "part": part, "selected": selected, "units": 88}
         for (measure, length), value in values.items():
             mean = value + noise.gauss(0, 0.01)
             ends = {"low": mean - 0.02, "high": mean + 0.02}

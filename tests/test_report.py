@@ -1,9 +1,12 @@
 """The report without a browser: numbers against independent ones, runs that are not whole, what is refused."""
 
+import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +19,7 @@ from ebft.report import write_report
 from ebft.report.page import encode, page
 from ebft.report.rollouts import spread
 from ebft.report.statistics import over_seeds, t_975
-from report_folders import HOSTILE, LENGTHS, METHODS, SOLVED, STEPS, make_comparison, make_run
+from report_folders import HOSTILE, LENGTHS, METHODS, P_VALUE, SOLVED, STEPS, TESTS, make_comparison, make_run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def data_of(path) -> dict:
 
 
 def report(*folders, **options) -> dict:
-    return data_of(write_report(folders, **options))
+    with patch("ebft.report.page.plotly_source", return_value=""):  # packing it takes longer than all the rest
+        return data_of(write_report(folders, **options))
 
 
 def lines_of(data, section, title) -> dict[str, dict]:
@@ -49,6 +53,12 @@ def table_of(data, section, title) -> dict[str, dict]:
     """First cell -> column -> cell."""
     table = next(table for table in data["tables"][section] if table["title"].startswith(title))
     return {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
+
+
+def rewrite(path, change) -> None:
+    """Replace a table's rows by what `change` makes of each; rows that it makes None of go."""
+    rows = [change(row) for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist([row for row in rows if row is not None]), path)
 
 
 # --- numbers ---
@@ -66,13 +76,15 @@ def test_interval_over_seeds():
     assert estimate == pytest.approx((np.mean(values), low, high, 4), rel=1e-4)
     assert over_seeds([3.0]) == (3.0, None, None, 1)
     assert np.isnan(over_seeds([1.0, float("inf")]).mean)
+    assert np.isnan(over_seeds([1e200, -1e200]).mean) and np.isnan(over_seeds([1e308, 1e308]).mean)  # squares, sum
 
 
-def test_results_are_those_of_the_table(comparison):
+@pytest.mark.parametrize("split", TESTS)
+def test_results_are_those_of_the_table(comparison, split):
     data = report(comparison)
     rows = pq.read_table(comparison / "results.parquet").to_pandas()
-    final = rows[(rows.split == "test") & rows.selected]
-    table = table_of(data, "results", "Results on test")
+    final = rows[(rows.split == split) & rows.selected]
+    table = table_of(data, "results", f"Results on {split}")
     assert list(table) == ["cross_entropy/answer", "cross_entropy/all", SOLVED, "problems/sampled/pass@4"] + [
         f"feature_matching_loss, length {length}" for length in LENGTHS
     ]
@@ -87,6 +99,61 @@ def test_results_are_those_of_the_table(comparison):
             expected = {"mean": values.mean(), "low": values.mean() - half, "high": values.mean() + half, "seeds": 3}
             assert cells[method] == pytest.approx(expected, rel=1e-5)
         assert cells["base"]["seeds"] == 1 and cells["base"]["low"] is None
+
+
+@pytest.mark.parametrize("split", TESTS)
+def test_differences_are_those_of_the_table(comparison, split):
+    table = table_of(report(comparison), "results", f"Paired differences on {split}")
+    assert list(table) == [SOLVED, "feature_matching_loss, length 8", "BLEU"]
+    names = [f"{b} - {a}" for a, b in itertools.combinations(("base", *METHODS), 2)]
+    assert all(list(cells) == ["measure", *names] for cells in table.values())
+    for row in pq.read_table(comparison / "paired.parquet").to_pylist():
+        if row["split"] == split and row["measure"] != "feature_matching_loss":
+            expected = {name: row[name] for name in ("mean", "low", "high")}
+            assert table[row["measure"]][row["model"]] == {**expected, "seeds": 3, "p": row["p_value"]}
+    assert table[SOLVED]["ebft - sft"]["p"] == P_VALUE
+
+
+def test_tables_are_of_one_split_after_the_other(comparison):
+    titles = [table["title"] for table in report(comparison)["tables"]["results"]]
+    of_each = [(f"Results on {split} data", f"Paired differences on {split} data") for split in TESTS]
+    assert titles == [*itertools.chain(*of_each), "Failed cells"]
+
+
+def test_many_pairs_are_lines(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+    row = pq.read_table(folder / "paired.parquet").to_pylist()[0] | {"split": "test"}
+    rows = [row | {"model": f"m{i} - sft", "mean": float(i), "measure": m} for i in range(7) for m in ("x", "y")]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "paired.parquet")
+    table = table_of(report(folder), "results", "Paired differences")
+    assert list(table) == [f"m{i} - sft" for i in range(7)]
+    assert list(table["m5 - sft"]) == ["difference", "x", "y"] and table["m5 - sft"]["y"]["mean"] == 5
+    rows = [row | {"model": f"m{i} - sft", "measure": f"x{j}"} for i in range(7) for j in range(8)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "paired.parquet")
+    assert list(table_of(report(folder), "results", "Paired differences")) == [f"x{j}" for j in range(8)]
+
+
+@pytest.mark.parametrize("change", ["missing", "half", "empty", "another", "odd"])
+def test_differences_that_cannot_be_used_are_left_out(tmp_path, change):
+    folder = make_comparison(tmp_path / "comparison")
+    path = folder / "paired.parquet"
+    row, whole = pq.read_table(path).to_pylist()[0], path.read_bytes()
+    path.unlink()
+    if change == "half":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif change != "missing":
+        odd = {"model": None, "measure": None, "length": "8", "mean": "x"}
+        rows = {"empty": [], "another": [{"split": "test"}], "odd": [row | odd]}[change]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    titles = [table["title"] for table in report(folder)["tables"]["results"]]
+    assert titles == [*(f"Results on {split} data" for split in TESTS), "Failed cells"]
+
+
+def test_a_difference_without_an_interval(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+    rewrite(folder / "paired.parquet", lambda row: row | {"low": float("nan"), "units": 1, "p_value": float("nan")})
+    cell = table_of(report(folder), "results", "Paired differences")[SOLVED]["ebft - sft"]
+    assert {name: cell[name] for name in ("low", "high", "seeds", "p")} == dict(low=None, high=None, seeds=1, p=None)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +182,32 @@ def test_curves_are_means_of_the_selected_setting(comparison, title, measure, le
     assert lines["base"]["level"] is True and len(lines["base"]["mean"]) == 1
 
 
+def test_curves_of_equal_time_are_over_seeds(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+
+    def own_steps(row):
+        step = row["step"] + 3 * row["seed"] if row["part"] else 0
+        return row | {"step": step, "documents": 8 * step}
+
+    rewrite(folder / "results.parquet", own_steps)
+    line = lines_of(report(folder), "training", "Cross-entropy")["ebft"]
+    assert line["x"]["step"] == [0, 13, 23, 33, 43] and line["x"]["documents"][1:] == [104, 184, 264, 344]
+    rows = pq.read_table(folder / "results.parquet").to_pandas()
+    rows = rows[rows.selected & (rows.measure == "cross_entropy/answer") & (rows.split == "validation")]
+    by_part = rows[rows.method == "ebft"].groupby("part")["mean"]
+    assert line["mean"][1:] == pytest.approx(list(by_part.mean()))
+    half = scipy.stats.t.ppf(0.975, 2) * by_part.sem()
+    assert line["low"][1:] == pytest.approx(list(by_part.mean() - half), rel=1e-5)
+
+
+def test_curves_of_tables_without_parts_are_by_step(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+    lines = lines_of(report(folder), "training", "Cross-entropy")
+    path = folder / "results.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["part"]), path)
+    assert lines_of(report(folder), "training", "Cross-entropy") == lines
+
+
 def test_loss_by_length_is_that_of_the_end(comparison):
     rows = pq.read_table(comparison / "results.parquet").to_pandas()
     rows = rows[(rows.split == "test") & (rows.method == "ebft") & rows.selected]
@@ -126,14 +219,44 @@ def test_loss_by_length_is_that_of_the_end(comparison):
 
 def test_before_a_setting_is_chosen_each_stands_for_itself(tmp_path):
     folder = make_comparison(tmp_path / "comparison")
-    path = folder / "results.parquet"
-    rows = [row | {"selected": False} for row in pq.read_table(path).to_pylist() if row["split"] == "validation"]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    rewrite(
+        folder / "results.parquet",
+        lambda row: row | {"selected": False} if row["split"] == "validation" else None,
+    )
     data = report(folder)
     names = ["base", "sft", "rlvr", "ebft (learning_rate=0.0001)", "ebft (learning_rate=0.001)"]
     assert list(lines_of(data, "training", "Cross-entropy")) == data["groups"] == names
     assert list(lines_of(data, "rewards", "Entropy")) == names[1:]
     assert table_of(data, "results", "Results on validation")["cross_entropy/all"][names[-1]]["seeds"] == 1
+    titles = [table["title"] for table in data["tables"]["results"]]
+    assert titles == ["Results on validation data", "Failed cells"]  # differences there are of an earlier call
+
+
+def test_after_the_first_cell_of_a_comparison(tmp_path):
+    """`ebft compare` writes the table after each cell: of the base model and of the other cells there is nothing."""
+    folder = make_comparison(tmp_path / "comparison")
+    (folder / "paired.parquet").unlink()
+
+    def first_cell(row):
+        mine = row["method"] == "ebft" and row["selected"] and row["seed"] == 0 and row["split"] == "validation"
+        return row | {"selected": False} if mine else None
+
+    rewrite(folder / "results.parquet", first_cell)
+    for path in (folder / "cells").glob("*-1"):  # not begun
+        shutil.rmtree(path)
+    data = report(folder)
+    first, other = "ebft (learning_rate=0.0001)", "ebft (learning_rate=0.001)"
+    assert data["groups"] == [first, other, "rlvr", "sft"]
+    for title in ("Accuracy, greedy", "Cross-entropy", "Feature-matching loss"):
+        lines = lines_of(data, "training", title)
+        assert list(lines) == [first] and lines[first]["x"]["step"] == list(STEPS)
+        assert lines[first]["low"] == [None] * len(STEPS)
+    assert list(lines_of(data, "length", "Feature-matching")) == [first]
+    assert list(lines_of(data, "rewards", "Entropy")) == data["groups"]
+    table = table_of(data, "results", "Results on validation")
+    assert list(table[SOLVED]) == ["measure", first] and table[SOLVED][first]["seeds"] == 1
+    pq.write_table(pa.Table.from_pylist([]), folder / "results.parquet")
+    assert report(folder)["groups"] == data["groups"]
 
 
 def test_a_comparison_can_be_run_again(comparison):
@@ -176,6 +299,16 @@ def test_a_run_by_itself(run):
         "some/model",
     )
     assert "resolved_config.yaml" in data["commands"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [({"method": "sft"}, "sft"), ({"method": "rlvr"}, "rlvr"), ({"method": ["rlvr"]}, "ebft"), ({}, "ebft")]
+    + [({"rl_coef": 0.0}, "sft")],
+)
+def test_method_of_a_run_is_that_of_its_settings(tmp_path, settings, method):
+    data = report(make_run(tmp_path / "run", contexts=0, settings=settings))
+    assert table_of(data, "about", "Runs")["run"]["method"] == method
 
 
 def test_runs_that_differ_in_their_seed_are_one_line(tmp_path):
@@ -268,6 +401,132 @@ def test_half_written_files(run):
     data = report(run)
     assert [step["step"] for step in data["steps"]] == [3, 6, 9, 12]
     assert lines_of(data, "rewards", "Entropy")["run"]["x"]["step"] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"context": None},
+        {"context": 3},
+        {"document_id": None},
+        {"document_id": [1]},
+        {"reference": b"bytes"},
+        {"completion": None},
+    ],
+)
+def test_rollouts_without_what_every_context_has_are_left_out(run, odd):
+    path = run / "rollouts" / "step_000003.parquet"
+    rewrite(path, lambda row: row | odd)
+    assert [step["step"] for step in report(run)["steps"]] == [6, 9, 12]
+    rewrite(path, lambda row: {name: value for name, value in row.items() if name not in odd})
+    assert [step["step"] for step in report(run)["steps"]] == [6, 9, 12]
+
+
+def test_files_of_rollouts_that_are_something_else_are_left_out(run):
+    pq.write_table(pa.Table.from_pylist([]), run / "rollouts" / "step_000003.parquet")
+    table = pq.read_table(run / "rollouts" / "step_000006.parquet")
+    no_text = pa.array([b"\xff"] * len(table)).view(pa.string())  # is no UTF-8
+    table = table.set_column(table.column_names.index("context"), "context", no_text)
+    pq.write_table(table, run / "rollouts" / "step_000006.parquet")
+    shutil.copy(run / "rollouts" / "step_000012.parquet", run / "rollouts" / "step_\u00b2.parquet")
+    assert [step["step"] for step in report(run)["steps"]] == [9, 12]
+
+
+@pytest.mark.parametrize(
+    ("odd", "shown"),
+    [
+        ({"feature_matching_loss": None}, {}),
+        ({"feature_matching_loss": "x"}, {}),
+        ({"token_log_probs": [None, -1.0]}, {"log_probs": [None, -1.0]}),
+        ({"token_log_probs": "x"}, {"log_probs": []}),
+        ({"token_texts": ["a", None]}, {"log_probs": []}),
+        ({"token_texts": "ab"}, {"log_probs": []}),
+        ({"reward": "x", "alignment": None, "diversity": True}, {}),
+    ],
+)
+def test_odd_values_of_rollouts_are_left_out(run, odd, shown):
+    path = run / "rollouts" / "step_000003.parquet"
+    row = pq.read_table(path).to_pylist()[0]
+    rewrite(path, lambda row: row | odd)
+    data = report(run)
+    context, other = data["rollouts"][0][0], data["rollouts"][1][0]
+    rollout = context["rollouts"][0]
+    assert [step["step"] for step in data["steps"]] == [3, 6, 9, 12]
+    assert (context["loss"] is None) == ("feature_matching_loss" in odd) and other["loss"] is not None
+    assert {name: rollout[name] for name in shown} == shown
+    assert rollout["tokens"] == ([row["completion"]] if "token_texts" in odd else row["token_texts"])
+    assert not odd.keys() & {"reward", "alignment", "diversity"} & rollout.keys()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["seed: [1, 2]", "seed: {a: 1}", "seed: x", "seed: 1.5", "seed: true", "seed: !!int ''", "seed: !!bool x"]
+    + ["seed: !!timestamp x", "[" * 2000, "1: 2\nb: 3", "per_device_train_batch_size: many", "method: [1]"]
+    + [f"per_device_train_batch_size: {'9' * 400}", f"max_steps: {'9' * 400}", "? [a]\n: b"],
+)
+def test_odd_settings(tmp_path, text):
+    runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+    (runs[0] / "resolved_config.yaml").write_text(text)
+    data = report(*runs, output_file=tmp_path / "r.html")
+    assert data["groups"] == ["a", "b and 1 more seeds"]
+    about = table_of(data, "about", "Runs")
+    assert about["a"]["seed"] is None and about["b"]["seed"] == 1
+    assert len(lines_of(data, "rewards", "Entropy")["a"]["mean"]) == 12
+
+
+def test_numbers_that_no_float_can_hold(run):
+    huge = "9" * 400
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 13, "entropy": {huge}, "ce_loss": 2.5}}\n{{"step": {huge}, "ce_loss": 1}}\n')
+        file.write(f'{{"step": true, "ce_loss": 1}}\n{"[" * 100_000}\n')
+    with open(run / "timing.jsonl", "a") as file:
+        file.write(f'{{"step": 13, "step_time": {huge}}}\n{{"step": 15, "step_time": {"9" * 308}}}\n')
+    data = report(run)
+    assert lines_of(data, "rewards", "Entropy")["run"]["x"]["step"] == list(range(1, 13))
+    assert lines_of(data, "training", "Cross-entropy")["run, training"]["mean"][-1] == 2.5
+    assert table_of(data, "metrics", "Last metrics")["ce_loss"]["run"] == 2.5
+
+
+def test_folders_in_place_of_files(run):
+    for name in ("metrics.jsonl", "resolved_config.yaml", "rollouts/step_000003.parquet"):
+        (run / name).unlink()
+        (run / name).mkdir()
+    data = report(run)
+    assert [step["step"] for step in data["steps"]] == [6, 9, 12]
+    assert lines_of(data, "cost", "Time per step")["run"]["mean"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"method": None}, {"setting": [1]}, {"seed": [1]}, {"step": None}, {"measure": 3}, {"length": "8"}]
+    + [{"split": None}, {"mean": "x"}],
+)
+def test_results_that_do_not_say_what_they_are_of_are_left_out(tmp_path, odd):
+    folder = make_comparison(tmp_path / "comparison")
+    (folder / "paired.parquet").unlink()
+    rewrite(folder / "results.parquet", lambda row: row | odd)
+    data = report(folder)
+    assert [table["title"] for table in data["tables"]["results"]] == ["Failed cells"]
+    assert lines_of(data, "rewards", "Entropy")
+
+
+def test_odd_cells_of_a_comparison(tmp_path):
+    folder = make_comparison(tmp_path / "comparison")
+    for place, path in enumerate(sorted((folder / "cells").glob("ebft-0.0001-*"))):
+        odd = [{"method": [1]}, {"setting": {"a": 1}}, {"seed": [1], "status": ["x"]}][place]
+        cell = json.loads((path / "cell.json").read_text()) | odd
+        (path / "cell.json").write_text(json.dumps(cell))
+    data = report(folder)
+    assert data["groups"] == ["base", *METHODS]
+    assert table_of(data, "about", "Runs")["ebft-0.0001-2"]["seed"] is None
+
+
+def test_odd_evaluation(run):
+    rows = [{"model": "a", "measure": "feature_matching_loss", "length": n, "mean": 0.5} for n in (1, 4)]
+    rows[0] |= {"low": "x", "high": [1]}
+    (run / "results.json").write_text(json.dumps({"results": [*rows, 1, {"model": "b", "mean": 10**400}]}))
+    lines = lines_of(report(run), "length", "Feature-matching")
+    assert list(lines) == ["a (evaluation)"] and lines["a (evaluation)"]["low"] == [None, None]
 
 
 def test_a_comparison_that_has_just_begun(tmp_path):

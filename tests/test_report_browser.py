@@ -106,6 +106,7 @@ def test_everything_is_drawn(browser, comparison):
     )
     assert lines == [["base", "band", "sft", "band", "rlvr", "band", "ebft"]] * 4
     assert "loss=nan at step 7: lower learning_rate" in page.texts("#results td")
+    assert {"p 0.014", "p 0.0001", "one seed"} <= set(page.texts("#results td small"))
     assert page.errors() == [] and page.fetched() == []
 
 
@@ -226,10 +227,12 @@ def test_hostile_text_is_shown_and_not_run(browser, tmp_path):
     settings = {"model_name_or_path": HOSTILE[0], "dataset_name": HOSTILE[1]}
     folder = make_run(tmp_path / name, texts=HOSTILE, settings=settings)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 12, "<script>window.hacked = 3</script> \ud800": 1.0}) + "\n")
+        named = {"<script>window.hacked = 3</script> \ud800": 1.0, "eval_a\u202eb/greedy/pass@1": 1.0}
+        file.write(json.dumps({"step": 12, **named}) + "\n")
     page = Page(browser, write_report([folder]))
     page.mark("figures-drawn")
     assert page.texts("#title") == [name]
+    assert page.texts("figcaption")[0] == "Accuracy, greedy, a[U+202E]b, pass@1"
     for place, text in enumerate(HOSTILE[:3]):
         page.find(f"#contexts li:nth-child({place + 1})").click()
         assert page.texts("#context") == [text + text]  # context and reference

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .comparison import Comparison, at_each_step, at_the_end, measures_of, methods_of
-from .runs import Record, is_number
+from .comparison import Comparison, at_each_part, at_the_end, measures_of, methods_of
+from .files import Record, is_number
 from .sources import Group, Sources
 from .statistics import over_seeds
 
@@ -68,7 +68,7 @@ def length_panels(sources: Sources) -> list[Panel]:
     """Feature-matching loss by completion length: of comparisons at the end of training, and of evaluations."""
     lines: list[Line] = []
     for prefix, comparison in sources.comparisons:
-        rows = [row for row in comparison.selected(comparison.final_split()) if row["measure"] == LOSS]
+        rows = [row for row in comparison.selected(comparison.final_splits()[0]) if row["measure"] == LOSS]
         for method in methods_of(rows):
             name = f"{prefix}{method}"
             mine = [row for row in rows if row["method"] == method and row["length"] is not None]
@@ -150,7 +150,7 @@ def _comparison_lines(
 ) -> list[Line]:
     lines: list[Line] = []
     rows = [r for r in comparison.selected(comparison.curve_split()) if (r["measure"], r["length"]) == measure]
-    curves = {method: at_each_step(row for row in rows if row["method"] == method) for method in methods_of(rows)}
+    curves = {method: at_each_part([row for row in rows if row["method"] == method]) for method in methods_of(rows)}
     start = curves.get(BASE, [])
     for method, points in curves.items():
         name = f"{prefix}{method}"
@@ -203,9 +203,13 @@ def _line(name: str, group: int | None, points: list[dict[str, Any]], style: int
 
 def _evaluated(model: str, rows: list[Record], sources: Sources) -> Line:
     rows = sorted(rows, key=lambda row: row["length"])
-    ends = {end: [row.get(end) for row in rows] for end in ("mean", "low", "high")}
+    ends = {end: [_number(row.get(end)) for row in rows] for end in ("mean", "low", "high")}
     x = {"length": [row["length"] for row in rows]}
     return {"name": f"{model} (evaluation)", "of": "", "group": _place(sources, model), "style": 0, "x": x, **ends}
+
+
+def _number(value: Any) -> int | float | None:
+    return value if is_number(value) else None
 
 
 def _is_difference(model: str, sources: Sources) -> bool:

@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .runs import Record, Run
+from .files import Record, is_number, read_parquet
+from .runs import Run
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PLACES = ("document_id", "block")  # of a context
+TEXTS = ("context", "reference", "completion")
 NUMBERS = ("advantage", "alignment", "diversity", "log_prob", "reward")
 DIGITS = 4  # of a number in the viewer; the file has them all
 
@@ -45,49 +51,70 @@ def spread(items: Sequence[Any], most: int) -> list[Any]:
 def read_contexts(path: Path, most: int) -> tuple[int, list[Record]]:
     """How many contexts a file has, and some of them with all their rollouts, in the file's order.
 
-    Of a file that is damaged, or gone since its folder was listed, there are none.
+    Of a file that is damaged, gone since its folder was listed, or without what every context has, there are none.
 
     Args:
         path: Of `rollouts/step_*.parquet`.
         most: Rollouts to read, evenly spread; at least one context is.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException):
+    table = read_parquet(path)
+    if table is None or not _has_contexts(table):
         return 0, []
     places: dict[tuple[int, int], list[int]] = {}
-    for row, key in enumerate(zip(*(table[name].to_pylist() for name in ("document_id", "block")), strict=True)):
+    for row, key in enumerate(zip(*(table[name].to_pylist() for name in PLACES), strict=True)):
         places.setdefault(key, []).append(row)
     largest = max(map(len, places.values()), default=1)
     kept = spread(list(places.values()), max(1, most // largest))
     return len(places), [_context(table.take(rows).to_pylist()) for rows in kept]
 
 
+def _has_contexts(table: "pa.Table") -> bool:
+    """Whether every row says where it is from and what was read and written there."""
+    from pyarrow.types import is_integer, is_large_string, is_string
+
+    def is_text(kind: "pa.DataType") -> bool:
+        return is_string(kind) or is_large_string(kind)
+
+    for names, fits in ((PLACES, is_integer), (TEXTS, is_text)):
+        for name in names:
+            if table.column_names.count(name) != 1 or table[name].null_count or not fits(table[name].type):
+                return False
+    return True
+
+
 def _context(rows: list[Record]) -> Record:
     """One context and its rollouts.
 
     Files of RLVR lack what features say and log-probs, files of earlier versions the texts of tokens too: then the
-    completion is one text without color. The reward is shown where it is not the sum of two parts.
+    completion is one text without color. The reward is shown where it is not the sum of two parts. Of the rest, what
+    is no number or no text is left out.
     """
     rollouts = []
     for row in rows:
-        tokens, log_probs = row.get("token_texts") or [row["completion"]], row.get("token_log_probs") or []
-        numbers = {name: _short(row[name]) for name in NUMBERS if row.get(name) is not None}
+        tokens, log_probs = _tokens(row)
+        numbers = {name: _short(row[name]) for name in NUMBERS if is_number(row.get(name))}
         if "alignment" in numbers:
             numbers.pop("reward", None)
-        rollouts.append({"tokens": tokens, "log_probs": [round(value, 2) for value in log_probs], **numbers})
+        rollouts.append({"tokens": tokens, "log_probs": log_probs, **numbers})
     first = rows[0]
+    loss = first.get("feature_matching_loss")
     return {
         "document": first["document_id"],
         "block": first["block"],
         "context": first["context"],
         "reference": first["reference"],
-        "loss": _short(first["feature_matching_loss"]) if "feature_matching_loss" in first else None,
+        "loss": _short(loss) if is_number(loss) else None,
         "rollouts": rollouts,
     }
+
+
+def _tokens(row: Record) -> tuple[list[str], list[float | None]]:
+    """The texts of a rollout's tokens and their log-probs, None for one that is not known."""
+    texts, log_probs = row.get("token_texts"), row.get("token_log_probs")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return [row["completion"]], []
+    known = log_probs if isinstance(log_probs, list) else []
+    return texts, [round(value, 2) if is_number(value) else None for value in known]
 
 
 def _short(value: float) -> float:

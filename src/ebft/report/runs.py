@@ -1,17 +1,12 @@
 """A run folder as it is at this moment: settings, metrics by step and rollout files, however far the run has come."""
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import yaml
+from typing import Any
 
 from ..artifacts import METRICS, SETTINGS, TIMING
-
-Record = dict[str, Any]
+from .files import Record, is_number, is_whole, read_lines, read_yaml
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class Run:
         settings: Of `resolved_config.yaml`; empty before it is there.
         records: Step -> what was measured there, clock readings and evaluation (`eval_`) included.
         finished: Whether the run came to its end.
-        method: Short: a cell's own, or "ebft", or "sft" for a run without rollouts.
+        method: Short: a cell's own, or that of the settings, or "ebft", or "sft" for a run without rollouts.
         seed: Of the settings, if known.
     """
 
@@ -56,11 +51,12 @@ class Run:
         the next one that was.
         """
         names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        each = math.prod(int(self.settings.get(name) or 1) for name in names)
+        sizes = [self.settings.get(name) for name in names]
+        each = math.prod(size for size in sizes if is_whole(size) and size > 0)
         out, seconds, before = {}, 0.0, 0
         for step, record in self.records.items():
             if is_number(record.get("step_time")):
-                seconds += record["step_time"] * (step - before)
+                seconds += float(record["step_time"]) * (step - before)
                 before = step
             out[step] = {"step": step, "documents": step * each, "seconds": seconds}
         return out
@@ -71,16 +67,17 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (SETTINGS, METRICS, "rollouts"))
 
 
-def read_run(folder: Path, name: str, method: str | None = None, seed: int | None = None) -> Run:
+def read_run(folder: Path, name: str, method: str | None = None, seed: Any = None) -> Run:
     """Read a run folder; what is missing or half-written is left out.
 
     Args:
         folder: The run's.
         name: For the report.
         method: What it trained with, if known; else it is read off the settings.
-        seed: If known; else that of the settings.
+        seed: If known; else that of the settings. What is no integer tells nothing.
     """
     settings = read_yaml(folder / SETTINGS)
+    seed = settings.get("seed") if seed is None else seed
     records: dict[int, Record] = {}
     for path in (folder / METRICS, folder / TIMING):
         for record in read_lines(path):
@@ -88,7 +85,7 @@ def read_run(folder: Path, name: str, method: str | None = None, seed: int | Non
     files = {}
     for path in (folder / "rollouts").glob("step_*.parquet"):
         number = path.stem.removeprefix("step_")
-        if number.isdigit():
+        if number.isdecimal():
             files[int(number)] = path
     return Run(
         name=name,
@@ -96,43 +93,15 @@ def read_run(folder: Path, name: str, method: str | None = None, seed: int | Non
         settings=settings,
         records=dict(sorted(records.items())),
         finished=any("train_runtime" in record for record in records.values()),
-        method=method or ("sft" if settings.get("rl_coef") == 0 else "ebft"),
-        seed=settings.get("seed") if seed is None else seed,
+        method=method or _method(settings),
+        seed=seed if is_whole(seed) else None,
         rollout_files=dict(sorted(files.items())),
     )
 
 
-def read_lines(path: Path) -> Iterator[Record]:
-    """The whole records of a file of JSON lines; a running process may just be writing the last one."""
-    if not path.exists():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield record
-
-
-def read_yaml(path: Path) -> Record:
-    """A YAML file's mapping; empty if it is missing or not whole."""
-    try:
-        value = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_json(path: Path) -> Record:
-    """A JSON file's object; empty if it is missing or not whole."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value is a number; True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _method(settings: Record) -> str:
+    """What a run trains with: EBFT's own settings do not name it, those of the methods it is compared with do."""
+    method = settings.get("method")
+    if isinstance(method, str):
+        return method
+    return "sft" if settings.get("rl_coef") == 0 else "ebft"

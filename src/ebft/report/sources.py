@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .comparison import Comparison, is_comparison, methods_of, read_comparison
-from .runs import Record, Run, is_number, is_run, read_json, read_run
+from .files import Record, is_number, read_json
+from .runs import Run, is_run, read_run
 
 EVALUATION = "results.json"  # what `ebft evaluate` and the quickstart write
 NOT_OF_THE_METHOD = ("output_dir", "seed", "data_seed", "run_name", "logging_dir")

@@ -34,9 +34,12 @@ def t_975(degrees: int) -> float:
 
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Mean and 95 % t-interval of one value per seed; values that are not finite make a mean that is not."""
-    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    try:
+        mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+        variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    except OverflowError:  # a run that came apart may log numbers whose sum or squares no float can hold
+        mean, variance = math.nan, math.nan
     if len(values) < 2 or math.isnan(mean):
         return Estimate(mean, None, None, len(values))
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = t_975(len(values) - 1) * math.sqrt(variance / len(values))
     return Estimate(mean, mean - half, mean + half, len(values))

@@ -8,13 +8,14 @@ from typing import Any
 import yaml
 
 from .comparison import SETTINGS, at_the_end, measures_of, methods_of
-from .runs import Record, is_number
+from .files import Record, is_number
 from .sources import Sources
 
 Table = dict[str, Any]
 
 ABOUT = ("run", "method", "seed", "model", "data", "steps", "documents", "state")
 MOST_RUNS = 24  # columns of a table
+MOST_COLUMNS = 6  # of methods or pairs; of more, the longer side of a table are its lines
 
 
 def run_table(sources: Sources) -> Table:
@@ -43,22 +44,48 @@ def metric_table(sources: Sources) -> Table:
 
 
 def result_tables(sources: Sources) -> list[Table]:
-    """Of every comparison, the final numbers of each method's selected setting: mean over seeds, 95 % t-interval."""
+    """Of every comparison, for each split of test data: the final numbers, and the differences of methods."""
     tables = []
     for prefix, comparison in sources.comparisons:
-        split = comparison.final_split()
-        rows = comparison.selected(split)
-        methods = methods_of(rows)
-        lines: list[list[Any]] = []
-        for measure, length in measures_of(rows):
-            mine = [row for row in rows if (row["measure"], row["length"]) == (measure, length)]
-            name = measure if length is None else f"{measure}, length {length}"
-            lines.append([name, *(_estimate(mine, method) for method in methods)])
-        note = "Mean over seeds and 95 % t-interval over seeds. Settings: " + "; ".join(
-            f"{method} {', '.join(_settings(rows, method))}" for method in methods
-        )
-        tables.append(_table(f"{prefix}Results on {split} data", ["measure", *methods], lines, note))
+        # Differences of other splits are those of an earlier call, whose numbers are no longer there.
+        for split in comparison.final_splits():
+            tables.append(_mean_table(f"{prefix}Results on {split} data", comparison.selected(split)))
+            pairs = [row for row in comparison.pairs if row["split"] == split and is_number(row["mean"])]
+            tables.append(_pair_table(f"{prefix}Paired differences on {split} data", pairs))
     return [table for table in tables if table["rows"]]
+
+
+def _mean_table(title: str, rows: list[Record]) -> Table:
+    """The numbers of each method's selected setting: mean over seeds, 95 % t-interval."""
+    methods = methods_of(rows)
+    cells = {}
+    for measure in measures_of(rows):
+        mine = [row for row in rows if (row["measure"], row["length"]) == measure]
+        cells |= {(_label(*measure), method): _estimate(mine, method) for method in methods}
+    note = "Mean over seeds and 95 % t-interval over seeds. Settings: " + "; ".join(
+        f"{method} {', '.join(_settings(rows, method))}" for method in methods
+    )
+    return _crossed(title, "method", cells, note)
+
+
+def _pair_table(title: str, rows: list[Record]) -> Table:
+    """The differences of two methods, as `ebft compare` has found them."""
+    cells = {(_label(row["measure"], row["length"]), row["model"]): _difference(row) for row in rows}
+    note = (
+        "Mean difference and 95 % t-interval over seeds, paired by seed; p of a sign-flip test over documents or "
+        "problems: of these models as they are, not of another training."
+    )
+    return _crossed(title, "difference", cells, note)
+
+
+def _crossed(title: str, kind: str, cells: dict[tuple[str, str], Any], note: str) -> Table:
+    """Measures by methods, or pairs of them: these have a column each, or a line where they are too many for that."""
+    measures, names = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    if len(names) > max(MOST_COLUMNS, len(measures)):
+        lines = [[name, *(cells.get((measure, name)) for measure in measures)] for name in names]
+        return _table(title, [kind, *measures], lines, note)
+    lines = [[measure, *(cells.get((measure, name)) for name in names)] for measure in measures]
+    return _table(title, ["measure", *names], lines, note)
 
 
 def failure_tables(sources: Sources) -> list[Table]:
@@ -110,6 +137,20 @@ def _estimate(rows: list[Record], method: str) -> dict[str, Any] | None:
     if not mine:
         return None
     return {key: _plain(value) for key, value in at_the_end(mine)._asdict().items()}
+
+
+def _difference(row: Record) -> dict[str, Any]:
+    low, high, p = (value if _is_finite(value := row[name]) else None for name in ("low", "high", "p_value"))
+    ends = {"low": None, "high": None} if low is None or high is None else {"low": low, "high": high}
+    return {"mean": _plain(row["mean"]), **ends, "seeds": _plain(row["units"]), "p": p}
+
+
+def _label(measure: str, length: int | None) -> str:
+    return measure if length is None else f"{measure}, length {length}"
+
+
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _settings(rows: list[Record], method: str) -> list[str]:

@@ -111,7 +111,7 @@ function frames() {
     const into = document.querySelector(`#${section} .figures`);
     for (const panel of panels) {
       const place = element("div", { class: "plot", role: "img", "aria-label": panel.title });
-      const figure = element("figure", {}, element("figcaption", {}, panel.title), place);
+      const figure = element("figure", {}, element("figcaption", {}, visible(panel.title)), place);
       into.append(figure);
       if (panel.lines.length) {
         figures.push({ panel, place });

@@ -40,8 +40,12 @@ function format(number) {
 function cell(value) {
   if (value !== null && typeof value === "object") {
     const made = element("td", { class: "number" }, typeof value.mean === "string" ? value.mean : format(value.mean));
-    const between = value.low === null ? "one seed" : `${format(value.low)} to ${format(value.high)}`;
+    const between = value.low !== null ? `${format(value.low)} to ${format(value.high)}`
+      : value.seeds === 1 ? "one seed" : "no interval";
     made.append(element("small", {}, between));
+    if (value.p !== undefined && value.p !== null) {
+      made.append(element("small", {}, `p ${Number(value.p.toPrecision(2))}`));
+    }
     return made;
   }
   const isNumber = typeof value === "number";

@@ -198,7 +198,7 @@ def test_one_failing_measurement_does_not_lose_the_tables(compared, here, capsys
     Path("out/summary.csv").unlink()
     assert main(["compare", "--config", "far.yaml"]) == 2
     assert "7 measurements on test data failed (out/base/far: " in capsys.readouterr().err
-    assert "sft,learning_rate=0.01" in Path("out/summary.csv").read_text()
+    assert '"sft","learning_rate=0.01"' in Path("out/summary.csv").read_text()
 
 
 def test_a_cell_that_is_done_is_left_alone(compared, here):

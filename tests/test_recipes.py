@@ -1,4 +1,4 @@
-"""Every shipped recipe is understood by the command it is for; no data or model is needed."""
+"""Every shipped recipe is understood by the command it is for, and names files that the pocket tasks have."""
 
 from pathlib import Path
 
@@ -8,13 +8,30 @@ import yaml
 from ebft.compare.cells import cells_of
 from ebft.compare.check import check_options
 from ebft.compare.config import CompareConfig
+from ebft.pocket import qa_coding, stdlib_code, translation
+from ebft.pocket.files import write_rows
+from tiny_models import tiny_model
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 POCKET = sorted((RECIPES / "pocket").glob("*.yaml"))
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with the files of all tasks, smaller ones, and a model in the place of each base model."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for module in (qa_coding, stdlib_code, translation):
+        task = folder / "pocket" / module.__name__.split(".")[-1]
+        task.mkdir(parents=True)
+        for name, rows in module.make(module.SMOKE, 0).files.items():
+            write_rows(task / f"{name}.jsonl", rows)
+        tiny_model("qwen2", vocab_size=32).save_pretrained(task / "base")
+    return folder
+
+
 @pytest.mark.parametrize("path", POCKET, ids=lambda path: path.stem)
-def test_recipe_of_a_comparison(path, tmp_path):
+def test_recipe_of_a_comparison(path, tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tasks)
     config = CompareConfig(**yaml.safe_load(path.read_text()) | {"output_dir": str(tmp_path)})
     cells = cells_of(config)
     check_options(config, cells)

@@ -14,12 +14,13 @@ from scipy import stats
 
 from ebft.callbacks import TrainingClock
 from ebft.cli import main
-from ebft.compare import cell_process, markdown, tables
+from ebft.compare import cell_process, jobs, markdown, tables
 from ebft.compare.cells import Cell, cells_of
 from ebft.compare.config import CompareConfig
 from ebft.compare.selection import choose
 from ebft.compare.workers import last_line
 from ebft.evaluation.intervals import DocumentMean
+from ebft.evaluation.report import locked
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
@@ -400,6 +401,16 @@ def test_many_methods_are_lines(tmp_path):
     rows = [about | {"model": n, "measure": m, "mean": float(i)} for i, n in enumerate(names) for m in ("x", "y")]
     markdown.save(tmp_path / "tables.md", rows, [], names)
     assert "|  | x | y |\n| --- | --- | --- |\n| m0 | 0 | 0 |\n| m1 | 1 | 1 |" in (tmp_path / "tables.md").read_text()
+
+
+def test_a_measurement_waits_for_a_process_that_outlived_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 0.0)
+    ended = []
+    job = jobs.Measurement(tmp_path, lambda: ended.append(True))
+    with locked(tmp_path):
+        assert job.ended(2) is True and not ended
+        assert job.ended(0) is False and len(ended) == 1
+    assert job.ended(2) is False and len(ended) == 2  # free: what failed is told when the numbers are read
 
 
 def test_the_last_line_of_a_log(tmp_path):

@@ -30,7 +30,7 @@ class KeptCompletions:
     def __init__(self, reward: Reward, tokenizer: PreTrainedTokenizerBase, every: int, num_generations: int):
         self.reward, self.tokenizer, self.every, self.num_generations = reward, tokenizer, every, num_generations
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # what TRL calls it in its metrics
-        self._loop = asyncio.new_event_loop()  # one for all steps: a client of the user's may be bound to it
+        self._runner = asyncio.Runner()  # one loop for all steps: a client of the user's may be bound to it
         self._trainer: Trainer | None = None
         self._folder: RunFolder | None = None
 
@@ -42,8 +42,8 @@ class KeptCompletions:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | None]:
         """The rewards, unchanged."""
         rewards: Any = self.reward(prompts=prompts, completions=completions, **columns)
-        if inspect.isawaitable(rewards):  # TRL would await it, but sees this object, which is no coroutine function
-            rewards = self._loop.run_until_complete(rewards)
+        if inspect.iscoroutine(rewards):  # TRL would await it, but sees this object, which is no coroutine function
+            rewards = self._runner.run(rewards)
         trainer = self._trainer
         if self._folder is not None and trainer is not None and trainer.model is not None and trainer.model.training:
             step = trainer.state.global_step + 1

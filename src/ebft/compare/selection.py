@@ -3,10 +3,10 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.config import short_names
 from .config import CompareConfig, Options
 from .tables import BASE, Row
 
@@ -36,7 +36,7 @@ def _missing(select: str, options: Options) -> str:
     if select.startswith("feature_matching_"):
         return "" if "feature_matching" in metrics else "dataset_name, with feature_matching among the metrics"
     if found := re.fullmatch(r"(.+)/(greedy|sampled)/pass@(\d+)", select):
-        benchmarks = [Path(name).name for name in options.get("code_benchmark") or []]
+        benchmarks = short_names(options.get("code_benchmark") or [])
         if found[1] not in benchmarks:
             return f"a code_benchmark of that name (there are {', '.join(benchmarks) or 'none'})"
         return _missing_samples(found[2], int(found[3]), options)

@@ -1,7 +1,7 @@
-"""Which of TRL's dataset formats a dataset has, read from its columns."""
+"""Which of TRL's dataset formats a dataset has, read from its columns, and a row's messages."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -83,3 +83,18 @@ def first_row(dataset: "Dataset | IterableDataset", dataset_label: str) -> dict[
     if row is None:
         raise ValueError(f"{dataset_label} is empty: pass at least one row")
     return row
+
+
+def are_messages(value: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether a value is a conversation: a list of messages, at least one."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, dict) and ("role" in message or "from" in message) for message in value)
+    )
+
+
+def as_chatml(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with `role` and `content`, also where they come with `from` and `value`."""
+    names = {"from": "role", "value": "content"}
+    return [{names.get(key, key): value for key, value in message.items()} for message in messages]

@@ -8,11 +8,11 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebft.data.formats import Format, column_names, detect_format, first_row
+from ebft.data.formats import Format, are_messages, as_chatml, column_names, detect_format, first_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -241,7 +241,7 @@ class _Encoder:
         assistant = None
         if isinstance(prompt, str) and isinstance(completion, str):
             prompt_ids, ids = self._tokens(prompt), self._tokens(prompt + self._with_eos(completion))
-        elif _are_messages(prompt) and _are_messages(completion):
+        elif are_messages(prompt) and are_messages(completion):
             prompt_ids, _ = self._render(prompt, row, place, add_generation_prompt=True)
             ids, assistant = self._render(
                 prompt + completion, row, place, return_assistant_tokens_mask=self.assistant_only_loss
@@ -260,7 +260,7 @@ class _Encoder:
 
     def _messages(self, row: dict[str, Any], place: str) -> "_Encoded":
         messages = row["messages"] if "messages" in row else row["conversations"]
-        if not _are_messages(messages):
+        if not are_messages(messages):
             raise ValueError(
                 f"{place}: `messages` is {_describe(messages)}: make it a list of messages with `role` and `content`, "
                 "or remove the row"
@@ -279,7 +279,7 @@ class _Encoder:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         options |= {"chat_template": self.chat_template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
         options |= {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
-        chat = _chatml(messages)
+        chat = as_chatml(messages)
         for message in chat:
             if message.get("content") is None and not message.get("tool_calls"):
                 raise ValueError(f"{place}: a message has no `content`: give it one, or remove the row")
@@ -336,20 +336,6 @@ def _from_tokens(row: dict[str, Any], completion_only_loss: bool, vocabulary: in
     elif completion_only_loss and mask is not None:
         trained = mask
     return _Encoded(ids, trained if mask is None else mask, trained, raw=mask is None and labels is None)
-
-
-def _are_messages(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, dict) and ("role" in message or "from" in message) for message in value)
-    )
-
-
-def _chatml(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with `role` and `content`, also where they come with `from` and `value`."""
-    names = {"from": "role", "value": "content"}
-    return [{names.get(key, key): value for key, value in message.items()} for message in messages]
 
 
 def _describe(value: Any) -> str:

@@ -27,7 +27,8 @@ from ebft.models import (
     load_tokenizer,
     weights_hash,
 )
-from ebft.support import TESTED, check_adapters_off_is_base, check_config, check_tokenizer, verify_blocks
+from ebft.families import TESTED
+from ebft.support import check_adapters_off_is_base, check_config, check_tokenizer, verify_blocks
 from ragged import ragged_batch, random_tokens
 from test_logprobs import lora_model
 from tiny import byte_bpe_tokenizer

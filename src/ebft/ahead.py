@@ -77,6 +77,6 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 def split(rollouts: Rollouts, batches: Sequence[Batch]) -> list[Rollouts]:
     """The rollouts [B, K, N, G] of `joined(batches)` back to each."""
-    rows = [x.split([len(batch["input_ids"]) for batch in batches]) for x in rollouts]
+    rows = [x.split([len(batch["input_ids"]) for batch in batches]) for x in rollouts if x is not None]
     blocks = [batch["layout"].num_blocks for batch in batches]
-    return [Rollouts(*(x[:, :k] for x in parts)) for k, *parts in zip(blocks, *rows, strict=True)]
+    return [Rollouts(*(x[:, :k] for x in parts)).shortened() for k, *parts in zip(blocks, *rows, strict=True)]

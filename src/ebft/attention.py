@@ -27,6 +27,7 @@ from ._compat import attention_of, set_attention
 from .blocks import BlockLayout
 from .flex import block_mask, can_flex, flex
 from .merged import merged_attention
+from .plain import PlainRows
 
 # Where neither `flex` nor `merged` does it: a chunk's rollouts all see each other's keys before masking, so a larger
 # chunk wastes work and a smaller one has more overhead; 64 to 256 keys are alike on a CPU. An accelerator pays for
@@ -185,6 +186,12 @@ class BlockPlan:
         if ("block", window) not in self._masks:
             self._masks["block", window] = block_mask(self, window)
         return self._masks["block", window]
+
+    def plain_rows(self, batch_size: int) -> PlainRows:
+        """The same forward in rows that share nothing."""
+        if "plain" not in self._masks:
+            self._masks["plain"] = PlainRows(self, batch_size)
+        return self._masks["plain"]
 
     def own_states(self, states: Tensor) -> list[Tensor]:
         """Each chunk's own keys or values out of those of all rollouts [B, H, R*S, d]."""

@@ -160,7 +160,8 @@ class RecordedTrainer(Trainer):
             sums
         )
         seconds = time.perf_counter() - self._step_started
-        tokens = self._step_tokens + sums.get("blocks", 0) * self.args.num_generations * self.args.completion_length
+        length = sums.get("completions/mean_length", sums.get("blocks", 0) * self.args.completion_length)
+        tokens = self._step_tokens + length * self.args.num_generations
         out |= {"documents_without_block": sums["short"], "num_tokens": self.state.num_input_tokens_seen}
         return out | {"step_time": seconds, "tokens_per_second": tokens / seconds}
 

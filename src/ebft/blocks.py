@@ -32,6 +32,8 @@ class BlockLayout:
         prefix_starts: LongTensor of the same shape: first token of the document the block belongs to.
         doc_ids: LongTensor [B, P] or None: which document of its row each token belongs to, -1 for padding.
         multiplicity: float64 [B, K] or None for ones: how many blocks each one stands for, where a subset was drawn.
+        reference_lengths: LongTensor [B, K] or None for `completion_length`: tokens of each block's reference, where
+            blocks are whole completions that end somewhere; 1 where not valid.
 
     Raises:
         ValueError: A size is out of range, or no block fits into a regular layout.
@@ -46,6 +48,7 @@ class BlockLayout:
     prefix_starts: Tensor = _REGULAR
     doc_ids: Tensor | None = None
     multiplicity: Tensor | None = None
+    reference_lengths: Tensor | None = None
 
     def __post_init__(self):
         _check_positive(
@@ -103,9 +106,9 @@ class BlockLayout:
         doc_ids = doc_ids.cpu()
         starts = None if starts is None else starts.cpu()
         ends = None if ends is None else ends.cpu()
-        rows = []
+        rows: list[list[tuple[int, ...]]] = []
         for row, ids in enumerate(doc_ids):
-            found: list[tuple[int, int]] = []
+            found: list[tuple[int, ...]] = []
             for begin, end in document_spans(ids, row):
                 if starts is None:
                     pieces = [(begin + context_length, end)]
@@ -115,17 +118,43 @@ class BlockLayout:
                     anchors = range(first, last - completion_length + 1, stride)
                     found += [(a, begin) for a in anchors if a - begin >= context_length]
             rows.append(found)
-        num_blocks = max((len(found) for found in rows), default=0)
-        anchors = torch.ones(len(rows), num_blocks, dtype=torch.long)
-        prefix_starts = torch.zeros_like(anchors)
-        valid = torch.zeros_like(anchors, dtype=torch.bool)
-        for row, found in enumerate(rows):
-            if found:
-                anchors[row, : len(found)], prefix_starts[row, : len(found)] = torch.tensor(found).T
-                valid[row, : len(found)] = True
+        anchors, prefix_starts, valid = _padded(rows, (1, 0))
         return cls(
             doc_ids.shape[1], stride, context_length, completion_length, anchors, valid, prefix_starts, doc_ids=doc_ids
         )
+
+    @classmethod
+    def from_completions(
+        cls, doc_ids: Tensor, starts: Tensor, ends: Tensor, completion_length: int, context_length: int = 1
+    ) -> "BlockLayout":
+        """One block per completion, from its first token to its end, which may be sooner or later for a rollout.
+
+        A reference longer than `completion_length` counts as cut there, as a rollout is.
+
+        Args:
+            doc_ids: As in `from_documents`.
+            starts: BoolTensor [B, P], True at the first token of each completion.
+            ends: BoolTensor [B, P], True at the last token of each whole completion: one without an end is left out.
+            completion_length: G, tokens of the longest rollout.
+            context_length: Shortest prefix, in tokens.
+
+        Returns:
+            A layout with `reference_lengths`.
+        """
+        _check_positive(context_length=context_length, completion_length=completion_length)
+        doc_ids, starts, ends = doc_ids.cpu(), starts.cpu(), ends.cpu()
+        rows: list[list[tuple[int, ...]]] = []
+        for row, ids in enumerate(doc_ids):
+            found: list[tuple[int, ...]] = []
+            for begin, end in document_spans(ids, row):
+                for first, last in completion_spans(begin, end, starts[row], None):
+                    whole = ends[row, first:last].nonzero().flatten().tolist()
+                    if whole and first - begin >= context_length:
+                        found.append((first, begin, min(whole[0] + 1, completion_length)))
+            rows.append(found)
+        anchors, prefix_starts, lengths, valid = _padded(rows, (1, 0, 1))
+        sizes = (doc_ids.shape[1], completion_length, context_length, completion_length)
+        return cls(*sizes, anchors, valid, prefix_starts, doc_ids=doc_ids, reference_lengths=lengths)
 
     @property
     def num_blocks(self) -> int:
@@ -135,13 +164,14 @@ class BlockLayout:
     def select(self, keep: Tensor) -> "BlockLayout":
         """A layout from documents with the blocks where `keep` (BoolTensor [B, K]) is True, closed up to the left."""
         order = self.order(keep)
-        valid = (keep & self.valid).gather(-1, order)
+        valid, lengths = (keep & self.valid).gather(-1, order), self.reference_lengths
         return replace(
             self,
             anchors=self.anchors.gather(-1, order).where(valid, 1),
             prefix_starts=self.prefix_starts.gather(-1, order).where(valid, 0),
             valid=valid,
             multiplicity=None if self.multiplicity is None else self.multiplicity.gather(-1, order),
+            reference_lengths=None if lengths is None else lengths.gather(-1, order).where(valid, 1),
         )
 
     def order(self, keep: Tensor) -> Tensor:
@@ -152,19 +182,25 @@ class BlockLayout:
         keep = keep & self.valid
         return keep.int().argsort(dim=-1, descending=True, stable=True)[:, : int(keep.sum(-1).max())]
 
+    def shortened(self, completion_length: int) -> "BlockLayout":
+        """The same blocks with fewer tokens each: those that the longest of a batch's completions has."""
+        return replace(self, completion_length=completion_length)
+
     def expand(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """`anchors`, `valid` and `prefix_starts`, each [B, K], for a batch of `batch_size` rows."""
         first, second, third = (x.expand(batch_size, -1) for x in (self.anchors, self.valid, self.prefix_starts))
         return first, second, third
 
     def references(self, input_ids: Tensor) -> Tensor:
-        """The documents' own tokens of every block, `document[a_k : a_k + G]`: [B, K, G], -100 where not valid."""
+        """The documents' own tokens of every block, `document[a_k : a_k + G]`: [B, K, G], -100 where there is none."""
         anchors, valid, _ = (x.to(input_ids.device) for x in self.expand(len(input_ids)))
-        at = (anchors[..., None] + torch.arange(self.completion_length, device=anchors.device)).clamp(
-            max=self.length - 1
-        )
+        step = torch.arange(self.completion_length, device=anchors.device)
+        at = (anchors[..., None] + step).clamp(max=self.length - 1)
+        there = valid[..., None]
+        if self.reference_lengths is not None:
+            there = there & (step < self.reference_lengths.to(anchors.device)[..., None])
         rows = torch.arange(len(input_ids), device=anchors.device)[:, None, None]
-        return input_ids[rows, at].where(valid[..., None], -100)
+        return input_ids[rows, at].where(there, -100)
 
     def position_ids(self, num_generations: int, doc_ids: Tensor | None = None) -> Tensor:
         """Position of every packed token within its own document.
@@ -226,9 +262,20 @@ class BlockLayout:
         to_own = same_rollout & (stands_for[..., :, None] >= stands_for[..., None, :])
         mask = torch.where(generated[None, :], to_own, to_document)
         if doc_ids is not None:
-            doc = doc_ids.gather(-1, stands_for.clamp(max=self.length - 1))
+            at = stands_for
+            if self.reference_lengths is not None:  # a completion may outgrow its document
+                at = torch.where(generated, anchor - 1, stands_for)
+            doc = doc_ids.gather(-1, at.clamp(max=self.length - 1))
             mask = mask & (doc[..., :, None] == doc[..., None, :])
         return mask
+
+
+def _padded(rows: list[list[tuple[int, ...]]], padding: tuple[int, ...]) -> list[Tensor]:
+    """Each column of ragged rows of tuples as LongTensor [B, K], padded with its own number; and what is not padding."""
+    most = max((len(row) for row in rows), default=0)
+    table = torch.tensor([[*row, *[padding] * (most - len(row))] for row in rows], dtype=torch.long)
+    valid = torch.arange(most) < torch.tensor([len(row) for row in rows])[:, None]
+    return [*table.view(len(rows), most, len(padding)).unbind(-1), valid]
 
 
 def document_spans(doc_ids: Tensor, row: int = 0) -> list[tuple[int, int]]:

@@ -9,13 +9,14 @@ from transformers import TrainingArguments
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
 from .extras import require
-from .features import NORMS, POOLINGS, REDUCTIONS
+from .features import NORMS, POOLINGS, POOLINGS_OF_COMPLETIONS, REDUCTIONS
 from .liger import LOSSES as LIGER_LOSSES
 from .liger import WITHOUT_LOSSES
 from .losses import DECAYS, KL_ESTIMATORS, LOSS_NORMALIZATIONS
 from .rewards import ALIGNMENTS, WHITENINGS
 
 ANCHORS = ("completion", "all")
+ROLLOUTS = ("blocks", "completion")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -71,10 +72,20 @@ class EBFTConfig(TrainingArguments):
     pooling: str = _setting("last_token", "How a block's token features become one; `token` keeps each.", POOLINGS)
 
     # --- blocks and rollouts ---
+    rollout: str = _setting(
+        "blocks",
+        "What is sampled: strided `blocks` of completion_length tokens, or the whole `completion` behind each prompt, "
+        "to its EOS or max_completion_length.",
+        ROLLOUTS,
+    )
+    max_completion_length: int = _setting(256, "Longest completion of rollout: completion and of method: rlvr.")
     max_length: int = _setting(1024, "Longest document, in tokens (P).")
     stride: int = _setting(8, "Distance between neighbouring blocks, in tokens (s).")
     context_length: int = _setting(8, "Shortest prefix of a block, in tokens (c).")
     completion_length: int = _setting(8, "Tokens per block (G).")
+    stop_token_ids: list[int] | None = _setting(
+        None, "Ids that end a completion. Default: EOS of the tokenizer and of the model's generation config."
+    )
     num_generations: int = _setting(4, "Rollouts per block (n).")
     temperature: float = _setting(0.6, "Sampling temperature of the rollouts, and of their log-probs.")
     top_k: int = _setting(0, "Sample from the k likeliest tokens only (log-probs on the same support); 0: all.")
@@ -90,7 +101,7 @@ class EBFTConfig(TrainingArguments):
     reuse_sampling_forward: bool | None = _setting(
         None,
         "Take the gradient from the forward that sampled instead of a second one. Default: on the CPU, without "
-        f"gradient checkpointing, for completion_length up to {LONGEST_REUSED} (it keeps every step's keys). Never "
+        f"gradient checkpointing, for blocks of up to {LONGEST_REUSED} tokens (it keeps every step's keys). Never "
         "with FSDP, DeepSpeed, kl_estimator k2 or k3, or a changed `sample` or `compute_policy_loss`.",
     )
 
@@ -178,7 +189,7 @@ class EBFTConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r} must be of type {kind.__name__}.")
 
     def _check_ranges(self) -> None:
-        sizes = ("stride", "context_length", "completion_length", "num_generations")
+        sizes = ("stride", "context_length", "completion_length", "max_completion_length", "num_generations")
         if self.per_device_generation_batch_size is not None and self.per_device_generation_batch_size < 1:
             raise ValueError(
                 f"per_device_generation_batch_size={self.per_device_generation_batch_size} must be at least 1."
@@ -208,7 +219,7 @@ class EBFTConfig(TrainingArguments):
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps all tokens.")
         if self.max_blocks is not None and self.max_blocks < 1:
             raise ValueError(f"max_blocks={self.max_blocks} must be at least 1, or unset for all blocks.")
-        if self.completion_length > self.max_length - self.context_length:
+        if self.rollout == "blocks" and self.completion_length > self.max_length - self.context_length:
             raise ValueError(
                 f"completion_length={self.completion_length} does not fit behind context_length={self.context_length} "
                 f"in max_length={self.max_length}: shorten one of the two or raise max_length."
@@ -216,6 +227,8 @@ class EBFTConfig(TrainingArguments):
 
     def reuses_sampling_forward_on(self, device: torch.device) -> bool:
         """`reuse_sampling_forward`, or its default on `device`."""
+        if self.rollout == "completion":
+            return False
         if self.reuse_sampling_forward is not None:
             return self.reuse_sampling_forward
         short = self.completion_length <= LONGEST_REUSED
@@ -228,6 +241,11 @@ class EBFTConfig(TrainingArguments):
         return max(self.per_device_train_batch_size, min(chosen, in_step))
 
     @property
+    def rollout_length(self) -> int:
+        """G, tokens of the longest rollout; also what the policy loss divides by, whatever was sampled."""
+        return self.completion_length if self.rollout == "blocks" else self.max_completion_length
+
+    @property
     def checkpoints_activations(self) -> bool:
         """Gradient checkpointing, by its name before or since transformers 5.23."""
         return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))
@@ -238,6 +256,8 @@ class EBFTConfig(TrainingArguments):
                 "reuse_sampling_forward=True keeps the activations that gradient_checkpointing=True would not: "
                 "use one of the two."
             )
+        if self.rollout == "completion":
+            self._check_completions()
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
         n = self.num_generations
@@ -256,6 +276,23 @@ class EBFTConfig(TrainingArguments):
                 f"alignment='dot' contradicts whitening='{self.whitening}', whose alignment is a cosine: "
                 "leave alignment unset or set whitening: none."
             )
+
+    def _check_completions(self) -> None:
+        if self.pooling not in POOLINGS_OF_COMPLETIONS:
+            raise ValueError(
+                f"pooling='{self.pooling}' needs rollouts of one length, which those of rollout='completion' are not: "
+                f"use {' or '.join(POOLINGS_OF_COMPLETIONS)}."
+            )
+        if self.anchors == "all":
+            raise ValueError(
+                "anchors='all' with rollout='completion': a whole completion starts behind a prompt; leave anchors "
+                "unset, or use rollout: blocks for text without prompts."
+            )
+        if self.stop_token_ids is not None and (not self.stop_token_ids or min(self.stop_token_ids) < 0):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids}: give token ids, or leave it unset for EOS.")
+        for name in ("random_anchor_offset", "reuse_sampling_forward"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is for rollout: blocks: leave it unset.")
 
     def _check_liger(self) -> None:
         if not self.use_liger_kernel:
@@ -327,6 +364,11 @@ class EBFTConfig(TrainingArguments):
     def sampling(self) -> dict[str, Any]:
         """The sampling distribution, as keyword arguments of `sample_rollouts` and `block_log_probs`."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+    @property
+    def ending(self) -> dict[str, Any]:
+        """What ends a rollout, as a keyword argument of `sample_rollouts`."""
+        return {"stop_token_ids": self.stop_token_ids or ()} if self.rollout == "completion" else {}
 
     @property
     def rewarding(self) -> dict[str, Any]:

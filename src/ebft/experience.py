@@ -6,10 +6,11 @@ Shape letters: B rows, K blocks, N rollouts, G generated tokens.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .blocks import BlockLayout
-from .metrics import rollout_sums, sum_over_blocks
+from .metrics import completion_sums, rollout_sums, sum_over_blocks
 from .rewards import Gram, Rewards, loss_from_gram, rewards_from_gram
 from .rollout import Rollouts
 
@@ -37,17 +38,23 @@ class Experience:
 
 
 def experience_sums(experience: Experience, layout: BlockLayout) -> dict[str, Tensor]:
-    """Sums per row [B] of a batch of rollouts; see `metrics.rollout_sums`."""
+    """Sums per row [B] of a batch of rollouts; see `metrics.rollout_sums` and `completion_sums`."""
     gram, device = experience.gram, experience.gram.cross.device
     diversity = 1.0 if gram.cross.shape[-1] > 1 else 0.0
     plain = rewards_from_gram(gram, whitening="none", diversity_coef=diversity)
     feature_loss = loss_from_gram(gram, unbiased=gram.cross.shape[-1] > 1)
     rollouts, valid = experience.rollouts, layout.valid.to(device)
-    sums = rollout_sums(experience.rewards, plain, feature_loss, rollouts.tokens, rollouts.entropy, valid)
+    tokens, entropy = rollouts.tokens.shape[-1], rollouts.entropy.to(device)
+    ends: dict[str, Tensor] = {}
+    if rollouts.lengths is not None and rollouts.clipped is not None:
+        tokens = rollouts.lengths.clamp(min=1).to(device)
+        entropy = entropy.sum(-1) / tokens
+        ends = completion_sums(rollouts.lengths.to(device), rollouts.clipped.to(device), valid)
+    sums = rollout_sums(experience.rewards, plain, feature_loss, rollouts.tokens, entropy, valid)
     if experience.kl is not None:
         # Nats per token, as in TRL.
-        sums["kl"] = sum_over_blocks(experience.kl.to(device) / rollouts.tokens.shape[-1], valid)
-    return sums
+        sums["kl"] = sum_over_blocks(experience.kl.to(device) / tokens, valid)
+    return sums | ends
 
 
 def rollout_rows(
@@ -55,7 +62,9 @@ def rollout_rows(
 ) -> list[dict[str, Any]]:
     """One row per rollout for `rollouts/step_*.parquet`, numbers as in the step."""
     layout, tokens = inputs["layout"], experience.rollouts.tokens.cpu()
-    G = layout.completion_length
+    lengths = experience.rollouts.lengths
+    lengths = torch.full(tokens.shape[:3], tokens.shape[3]) if lengths is None else lengths.cpu()
+    references = layout.references(inputs["input_ids"]).cpu()
     per_rollout = {
         "alignment": experience.rewards.alignment,
         "diversity": experience.rewards.diversity,
@@ -81,17 +90,17 @@ def rollout_rows(
             "document_id": document,
             "block": anchor - begin,
             "context": tokenizer.decode(input_ids[b, max(begin, anchor - CONTEXT_TOKENS) : anchor]),
-            "reference": tokenizer.decode(input_ids[b, anchor : anchor + G]),
+            "reference": tokenizer.decode([token for token in references[b, k].tolist() if token >= 0]),
             "feature_matching_loss": float(loss[b, k]),
         }
         for n in range(tokens.shape[2]):
-            token_ids = tokens[b, k, n].tolist()
+            token_ids = tokens[b, k, n, : lengths[b, k, n]].tolist()
             row = {
                 "rollout": n,
                 "completion": tokenizer.decode(token_ids),
                 "token_ids": token_ids,
                 "token_texts": token_texts(token_ids, tokenizer, texts),
-                "token_log_probs": token_log_probs[b, k, n].tolist(),
+                "token_log_probs": token_log_probs[b, k, n, : len(token_ids)].tolist(),
             }
             rows.append(shared | row | {name: float(value[b, k, n]) for name, value in numbers.items()})
     return rows

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ._compat import with_child
 from .attention import BlockPlan, block_attention
 from .blocks import BlockLayout
-from .forward import at_least_float32, causal_lm, decode, evaluation_mode
+from .forward import at_least_float32, causal_lm, decode, evaluation_mode, packs
 
 POOLINGS = ("last_token", "mean_pooling", "concat", "token")
+POOLINGS_OF_COMPLETIONS = POOLINGS[:2]  # the others need every rollout to be of one length
 NORMS = ("joint", "per_layer", "none")
 REDUCTIONS = ("concat", "mean")
 
@@ -65,13 +66,17 @@ class FeatureNetwork:
         self.decoder = decoder_up_to(lm.base_model, max(self.layer_indices))
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, tokens: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of the rollouts and of the reference blocks.
 
         Args:
             input_ids: LongTensor [B, P].
             tokens: LongTensor [B, K, N, G].
             layout: The blocks.
+            lengths: LongTensor [B, K, N]: of rollouts that end; their last token and their mean are then taken of so
+                many tokens, and the references' of `layout.reference_lengths`. Not with `concat` and `token`.
 
         Returns:
             generated [B, K, N, D] and reference [B, K, D] in float32 (float64 if the model is); with `pooling="token"`
@@ -79,6 +84,8 @@ class FeatureNetwork:
             bit: whitening would blow the rounding noise between them up into a direction of its own. Zeros where a
                 block is not valid.
         """
+        if lengths is not None:
+            return self._of_completions(input_ids, tokens, layout, lengths)
         B, K, N, G = tokens.shape
         device = input_ids.device
         plan = BlockPlan(layout, B, N if K else 0, range(G), device=device)
@@ -98,16 +105,49 @@ class FeatureNetwork:
             generated = generated.transpose(2, 3)  # the group next to the features
         return _where_valid(generated, valid), _where_valid(reference, valid)
 
+    def _of_completions(
+        self, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `__call__`, of rollouts and references that end."""
+        assert layout.reference_lengths is not None and self.pooling in POOLINGS_OF_COMPLETIONS
+        (B, K, N, G), device = tokens.shape, input_ids.device
+        plan = BlockPlan(layout, B, N if K else 0, range(G), device=device)
+        ids = torch.cat([input_ids, tokens.flatten(1)], dim=1)
+        taps = self._hidden_states(ids, plan, layout.position_ids(N).expand(B, -1))
+        anchors, valid, _ = (x.to(device) for x in layout.expand(B))
+        begin = layout.length + torch.arange(K * N, device=device).view(K, N).expand(B, -1, -1) * G
+        spans = [(begin, lengths.clamp(min=1)), (anchors, layout.reference_lengths.to(device))]
+        generated, reference = (self._pooled_spans(taps, first, count) for first, count in spans)
+        agree = (tokens[:, :, :, None] == tokens[:, :, None]).all(-1)  # zeros behind their ends included
+        generated = generated.gather(2, agree.int().argmax(3)[..., None].expand_as(generated))
+        return _where_valid(generated, valid), _where_valid(reference, valid)
+
+    def _pooled_spans(self, taps: list[Tensor], first: Tensor, count: Tensor) -> Tensor:
+        """Features of spans of packed rows, `count` tokens from `first` on, both [B, ...]: [B, ..., D]."""
+        rows = torch.arange(len(first), device=first.device).view(-1, *[1] * (first.ndim - 1))
+        if self.pooling == "last_token":
+            return self._token_features([h[rows, first + count - 1] for h in taps])
+        step = torch.arange(int(count.max()), device=first.device)
+        at = (first[..., None] + step).clamp(max=taps[0].shape[1] - 1)
+        features = self._token_features([h[rows[..., None], at] for h in taps])
+        inside = (step < count[..., None])[..., None]
+        return features.where(inside, 0).sum(-2) / count[..., None]
+
     def _hidden_states(self, ids: Tensor, plan: BlockPlan, position_ids: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
             lm = causal_lm(self.model)
             stack.enter_context(evaluation_mode(lm))
-            stack.enter_context(block_attention(lm))
             stack.enter_context(adapters_off(self.model))
+            pack = None
+            if packs(lm):
+                stack.enter_context(block_attention(lm))
+            else:
+                pack = plan.plain_rows(len(ids)).pack
             return tapped(
                 self.decoder,
                 self.layer_indices,
                 lambda: decode(self.decoder, ids, plan, position_ids).last_hidden_state,
+                pack,
             )
 
     def _token_features(self, taps: list[Tensor]) -> Tensor:
@@ -160,8 +200,8 @@ def layer_list(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"{type(decoder).__name__} has no list of layers: it cannot be the feature network.")
 
 
-def tapped(decoder: Any, indices: list[int], run) -> list[Tensor]:
-    """Hidden states `hidden_states[i]` for each index while `run()` runs the decoder.
+def tapped(decoder: Any, indices: list[int], run, pack=None) -> list[Tensor]:
+    """Hidden states `hidden_states[i]` for each index while `run()` runs the decoder; `pack` orders their rows.
 
     Layer i's output is `hidden_states[i]`, but the last one of the whole network is taken after the final norm. Hooks,
     since `output_hidden_states` changed its meaning several times across transformers 5.
@@ -172,7 +212,8 @@ def tapped(decoder: Any, indices: list[int], run) -> list[Tensor]:
 
     def keep(index: int):
         def hook(module, args, output):
-            taps[index] = output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple) else output
+            taps[index] = pack(states) if pack else states
 
         return hook
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from . import plain
 from .attention import NO_MASK, BlockCache, BlockPlan, enable_block_attention
+from .families import reason_against_blocks
 
 ORDINARY = "_ordinary_forward"  # the attribute that keeps the forward of a model we have taught another
 
@@ -101,10 +103,16 @@ def install(model: nn.Module) -> PreTrainedModel:
     Its ordinary forward, its weights and what it saves stay the same.
     """
     lm = causal_lm(model)
-    enable_block_attention(lm)
+    if packs(lm):
+        enable_block_attention(lm)
     if not _is_installed(lm):
         vars(lm).update({ORDINARY: lm.forward, "forward": MethodType(_forward_with_signature_of(type(lm)), lm)})
     return lm
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether rollouts can share their prefix in one row of this model; else each is a row of its own (`plain`)."""
+    return reason_against_blocks(model.config) is None
 
 
 def _is_installed(lm: PreTrainedModel) -> bool:
@@ -130,6 +138,9 @@ def decode(
     decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids: Tensor, cache: BlockCache | None = None
 ) -> Any:
     """Run the decoder (no LM head) over packed rows; `last_hidden_state` of its output is [B, T, H]."""
+    if not packs(decoder):  # type: ignore[arg-type]
+        assert cache is None, "such models are sampled by `plain.generate`"
+        return plain.decode(decoder, input_ids, plan.plain_rows(len(input_ids)))
     return decoder(
         input_ids=input_ids,
         attention_mask=NO_MASK.to(input_ids.device),

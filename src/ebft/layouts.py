@@ -17,7 +17,8 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
     """Lay out the blocks of a collated batch.
 
     Args:
-        batch: `doc_ids`, `completion_mask` [B, P] and `document_ids` [B, M], as `data.BlockCollator` makes them.
+        batch: `input_ids`, `doc_ids`, `completion_mask` [B, P] and `document_ids` [B, M], as `data.BlockCollator`
+            makes them.
         args: Sizes, and the random choices `max_blocks` and `random_anchor_offset`.
         anchors: `completion` or `all`.
         step: Optimiser step of this visit; None in evaluation, which takes every block.
@@ -26,6 +27,17 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
         A layout with `doc_ids`.
     """
     doc_ids, ids = batch["doc_ids"].cpu(), batch["document_ids"].cpu()
+    if args.rollout == "completion":
+        layout = _completions(batch, args.max_completion_length, args.stop_token_ids or ())
+    else:
+        layout = _blocks(batch, args, anchors, step)
+    if step is not None and args.max_blocks is not None:
+        layout = noise.random_subset(layout, ids, args.max_blocks, seed=args.seed, step=step)
+    return layout
+
+
+def _blocks(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: int | None) -> BlockLayout:
+    doc_ids, ids = batch["doc_ids"].cpu(), batch["document_ids"].cpu()
     starts, ends = None, None
     if anchors == "completion":
         starts, ends = completion_borders(batch["completion_mask"].cpu(), doc_ids)
@@ -33,7 +45,7 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
         if starts is None:
             starts = first_anchors(doc_ids, args.context_length)
         starts = noise.shift_starts(starts, ends, doc_ids, ids, args.stride, seed=args.seed, step=step)
-    layout = BlockLayout.from_documents(
+    return BlockLayout.from_documents(
         doc_ids,
         stride=args.stride,
         context_length=args.context_length,
@@ -41,9 +53,14 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
         starts=starts,
         ends=ends,
     )
-    if step is not None and args.max_blocks is not None:
-        layout = noise.random_subset(layout, ids, args.max_blocks, seed=args.seed, step=step)
-    return layout
+
+
+def _completions(batch: dict[str, Any], longest: int, stop_token_ids: Sequence[int]) -> BlockLayout:
+    """One block per whole completion: one that was cut has no end to compare with."""
+    doc_ids, mask = batch["doc_ids"].cpu(), batch["completion_mask"].cpu()
+    starts, _ = completion_borders(mask, doc_ids)
+    ends = torch.isin(batch["input_ids"].cpu(), torch.tensor(list(stop_token_ids))) & mask & (doc_ids >= 0)
+    return BlockLayout.from_completions(doc_ids, starts, ends, longest)
 
 
 def joined_layout(layouts: Sequence[BlockLayout]) -> BlockLayout:
@@ -57,6 +74,7 @@ def joined_layout(layouts: Sequence[BlockLayout]) -> BlockLayout:
         prefix_starts=stacked([x.prefix_starts for x in layouts], 0),
         doc_ids=doc_ids,
         multiplicity=None,
+        reference_lengths=None,
     )
 
 

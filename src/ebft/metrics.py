@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .rewards import Rewards
 
+COMPLETION_MEANS = ("completions/mean_length", "completions/clipped_ratio")  # of rollouts that end
 # Metric -> its denominator among the sums.
 MEANS = {
     "reward": "blocks",
@@ -24,6 +25,7 @@ MEANS = {
     "entropy": "blocks",
     "kl": "blocks",
     "completions/duplicate_rate": "blocks",
+    **dict.fromkeys(COMPLETION_MEANS, "blocks"),
     "ce_loss": "ce_tokens",
     "ce_loss/all": "all_tokens",
     "ce_loss/answer": "answer_tokens",
@@ -66,6 +68,11 @@ def rollout_sums(
         "blocks": torch.ones_like(valid),
     }
     return {name: sum_over_blocks(value, valid) for name, value in per_block.items()}
+
+
+def completion_sums(lengths: Tensor, clipped: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """As `rollout_sums`, of rollouts that end: tokens of each, and which had no end, [B, K, N]."""
+    return {name: sum_over_blocks(x, valid) for name, x in zip(COMPLETION_MEANS, (lengths, clipped), strict=True)}
 
 
 def sum_over_blocks(value: Tensor, valid: Tensor) -> Tensor:

@@ -3,16 +3,26 @@
 import copy
 import hashlib
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from ._compat import revision_of
 from .features import FeatureNetwork, decoder_up_to, layer_indices
-from .forward import causal_lm, install
-from .support import TESTED, check_adapters_off_is_base, check_config, check_same_vocabulary, verify_blocks
+from .families import TESTED
+from .forward import causal_lm, install, packs
+from .support import check_adapters_off_is_base, check_config, check_same_vocabulary, verify_blocks
 
 
 def load_policy(model: str | nn.Module, args, peft_config=None, quantization_config=None) -> nn.Module:
@@ -41,7 +51,7 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         raise ValueError(
             f"model={type(lm).__name__} is not a transformers causal LM: pass a name, path or PreTrainedModel."
         )
-    check_config(lm.config, args.max_length)
+    check_config(lm.config, args.max_length, args.rollout)
     if hasattr(policy, "peft_config") and not hasattr(policy, "disable_adapter"):
         raise ValueError(
             "model has an adapter from add_adapter: wrap it with peft.get_peft_model or pass peft_config."
@@ -51,7 +61,7 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
             f"peft_config={type(peft_config).__name__}: prompt learning adds tokens to every row; use LoRA."
         )
     install(lm)  # before accelerate wraps the forward: autocast has to be around ours
-    if lm.config.model_type not in TESTED and lm.device.type != "meta":
+    if packs(lm) and lm.config.model_type not in TESTED and lm.device.type != "meta":
         verify_blocks(lm)
     if peft_config is not None:
         from peft import get_peft_model
@@ -97,7 +107,7 @@ def check_named_policy(name: str, args) -> PreTrainedConfig:
             "block-parallel attention is used on top of it)."
         )
     config = load_config(name, **{k: kwargs[k] for k in ("revision", "trust_remote_code") if kwargs.get(k)})
-    check_config(config, args.max_length)
+    check_config(config, args.max_length, args.rollout)
     return config
 
 
@@ -110,7 +120,7 @@ def check_named_feature_model(name: str, args) -> PreTrainedConfig:
     field = "feature_model_name_or_path"
     config = load_config(name, field, revision=args.feature_model_revision)
     try:
-        check_config(config, args.max_length)
+        check_config(config, args.max_length, args.rollout)
         layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
     except ValueError as error:
         raise ValueError(f"{field}='{name}': {error}") from error
@@ -168,6 +178,24 @@ def load_tokenizer(name: str) -> Any:
     if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys():
         raise ValueError(f"{missing}.")  # without files, transformers makes one of special tokens alone
     return tokenizer
+
+
+def stop_token_ids(model: str | nn.Module, processing_class) -> list[int]:
+    """Ids that end a completion: the model's (of its generation config) and its tokenizer's EOS."""
+    config: Any = None
+    if not isinstance(model, str):
+        config = causal_lm(model).generation_config
+    else:
+        with suppress(OSError):  # there need not be any
+            config = GenerationConfig.from_pretrained(model)
+    return end_ids(config, processing_class)
+
+
+def end_ids(config: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """EOS ids of a generation config and of a tokenizer, either of which may be None."""
+    theirs = getattr(config, "eos_token_id", None)
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    return sorted({i for i in (*theirs, getattr(tokenizer, "eos_token_id", None)) if i is not None})
 
 
 def _disable_dropout(model: nn.Module) -> None:

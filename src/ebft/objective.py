@@ -62,6 +62,7 @@ class Objective:
         """Loss and its parts, of log-probs [B, P-1] and [B, K, N, G]."""
         weights = token_weights(self.inputs, self.args).to(log_probs.document.device)
         ce, metrics = losses.cross_entropy(log_probs.document, weights, self.totals.tokens)
+        log_probs = self._until_end(log_probs)
         if self.experience is None or self.advantages is None:
             policy, kl = log_probs.blocks.sum(), None  # of no block: 0
         else:
@@ -89,6 +90,13 @@ class Objective:
             loss, _ = self(LogProbs(document, blocks))
             return LogProbs(*torch.autograd.grad(loss, (document, blocks)))
 
+    def _until_end(self, log_probs: LogProbs) -> LogProbs:
+        """Without the tokens behind the ends of completions, which were not sampled."""
+        mask = None if self.experience is None else self.experience.rollouts.mask
+        if mask is None:
+            return log_probs
+        return log_probs._replace(blocks=log_probs.blocks.where(mask.to(log_probs.blocks.device), 0.0))
+
     def _kl(self, log_probs: Tensor, experience: Experience, layout: BlockLayout) -> tuple[Any, dict]:
         estimator, reference = self.args.kl_estimator, experience.reference_log_probs
         if reference is None or estimator == "k1":  # k1 is part of the advantages
@@ -115,5 +123,5 @@ def block_weights(layout: BlockLayout, args: EBFTConfig) -> Tensor:
 
 
 def policy_denominator(args: EBFTConfig, totals: StepTotals) -> float:
-    """G * N times the step's blocks."""
-    return args.completion_length * args.num_generations * totals.blocks
+    """G * N times the step's blocks. Of completions, G is the longest allowed, not what was sampled: a constant."""
+    return args.rollout_length * args.num_generations * totals.blocks

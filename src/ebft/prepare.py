@@ -38,6 +38,11 @@ def prepare_datasets(
     anchors = args.anchors
     if anchors is None:
         anchors = "completion" if prompts_of(first) else "all"
+    if args.rollout == "completion" and anchors == "all":
+        raise ValueError(
+            "rollout='completion' needs prompts, and the data are text without any: give `prompt` and `completion`, "
+            "`messages` with assistant_only_loss: true, or use rollout: blocks."
+        )
 
     def prepare(dataset, label: str):
         with args.main_process_first(desc=f"tokenising {label}"):  # the other ranks read its cache
@@ -78,6 +83,13 @@ def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str
         if batch_layout(collate([row]), args, anchors, step=None).num_blocks:
             return
         count += 1
+    if args.rollout == "completion":
+        names = tokenizer.convert_ids_to_tokens(list(args.stop_token_ids or ()))
+        raise ValueError(
+            f"{label}: none of the {count} documents has a prompt and a completion that ends in one of {names} within "
+            f"max_length={args.max_length} tokens, which rollout='completion' compares with: raise max_length, set "
+            "stop_token_ids to what ends the completions, or use rollout: blocks."
+        )
     prefix = "prompt" if anchors == "completion" else "prefix"
     raise ValueError(
         f"{label}: all {count} documents are too short for a block of completion_length={args.completion_length} "

@@ -4,28 +4,50 @@ The document is run once; its keys and values serve all K*N rollouts. Then all r
 time. Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import plain
 from .attention import BlockCache, BlockPlan
 from .blocks import BlockLayout
-from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install
+from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install, packs
 from .lm_head import Support, restrict, rows_per_chunk
 from .logprobs import LogProbs, Rows
 
 GROUP = 128  # neighbouring tokens that are searched together
+STEPS_UNSEEN = 8  # between two looks at whether any rollout is still going on: each is a wait for the device
 LOWEST = -1e4  # logit in place of -inf, where the probability is 0 anyway
 
 
 class Rollouts(NamedTuple):
-    """`tokens` [B, K, N, G]; `log_probs` and `entropy` [B, K, N, G] in nats, as sampled (temperature, support)."""
+    """`tokens` [B, K, N, G]; `log_probs` and `entropy` [B, K, N, G] in nats, as sampled (temperature, support).
+
+    Where rollouts end: `lengths` LongTensor [B, K, N], tokens up to the end, that one included, with zeros behind it;
+    `clipped` BoolTensor [B, K, N], those without an end. None where all run on to G.
+    """
 
     tokens: Tensor
     log_probs: Tensor
     entropy: Tensor
+    lengths: Tensor | None = None
+    clipped: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """BoolTensor [B, K, N, G]: what is not behind the end; None where nothing ends."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.tokens.shape[-1], device=self.tokens.device) < self.lengths[..., None]
+
+    def shortened(self) -> "Rollouts":
+        """Without the last steps, at which none of them is still going on; one step at least."""
+        if self.lengths is None or not self.lengths.numel():
+            return self
+        longest = max(1, int(self.lengths.max()))
+        return Rollouts(*(x[..., :longest] for x in self[:3]), *self[3:])
 
 
 def sample_blocks(model: nn.Module, input_ids: Tensor, layout: BlockLayout, num_generations: int, **options) -> Tensor:
@@ -46,6 +68,7 @@ def sample_rollouts(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     statistics: bool = True,
+    stop_token_ids: Sequence[int] = (),
 ) -> Rollouts:
     """Sample N rollouts of every block, each as if from its own prefix alone.
 
@@ -61,9 +84,11 @@ def sample_rollouts(
         uniforms: [B, K, N, G] in [0, 1), the noise itself instead: one number per token, so that a rollout can be made
             to depend on its document alone and not on its place in a batch.
         statistics: Whether log-probs and entropy are wanted; zeros if not.
+        stop_token_ids: Ids behind which a rollout does not go on; without any it has G tokens.
 
     Returns:
-        Rollouts; zeros where a block is not valid.
+        Rollouts; zeros where a block is not valid. With `stop_token_ids` they have `lengths`, and no more steps than the
+        longest needs.
 
     Raises:
         ValueError: A number is out of range.
@@ -71,7 +96,10 @@ def sample_rollouts(
     uniforms = _prepared(input_ids, layout, num_generations, (temperature, top_k, top_p), generator, uniforms)
 
     def run(parts: Parts) -> Rollouts:
-        return _decode(parts, input_ids, layout, uniforms, (temperature, top_k, top_p), statistics)[0]
+        support = (temperature, top_k, top_p)
+        if not packs(parts.lm):
+            return _generate(parts.lm, input_ids, layout, uniforms, support, stop_token_ids)
+        return _decode(parts, input_ids, layout, uniforms, support, statistics, stop_token_ids)[0]
 
     install(model)
     with evaluation_mode(causal_lm(model)):
@@ -149,7 +177,13 @@ def _prepared(input_ids, layout: BlockLayout, N: int, support: Support, generato
 
 
 def _decode(
-    parts: Parts, input_ids: Tensor, layout: BlockLayout, uniforms: Tensor, support: Support, statistics: bool = True
+    parts: Parts,
+    input_ids: Tensor,
+    layout: BlockLayout,
+    uniforms: Tensor,
+    support: Support,
+    statistics: bool = True,
+    stop_token_ids: Sequence[int] = (),
 ) -> tuple[Rollouts, Tensor]:
     """Rollouts, and the hidden states [B, P + K*N*(G-1), H] that they and the documents went through."""
     (B, K, N, G), P, device = uniforms.shape, layout.length, input_ids.device
@@ -163,16 +197,58 @@ def _decode(
     hidden = []
     plan = BlockPlan(layout, B, N, range(-1, 0), decoding=True, device=device)
     for step in range(1, G if K else 1):
+        if stop_token_ids and step % STEPS_UNSEEN == 0 and not _going_on([x[0] for x in drawn], valid, stop_token_ids):
+            break
         plan = plan.next_step()
         at = (positions[:, P::G] + step - 1).repeat_interleave(N, dim=1)
         hidden.append(parts.hidden(drawn[-1][0].view(B, K * N), plan, at, cache))
         noise = uniforms[..., step].flatten()[:, None]
         drawn.append(_draw(hidden[-1].flatten(0, 1), parts.head, noise, support, statistics))
     steps = (torch.stack([x.view(B, K, N) for x in kind], dim=-1) for kind in zip(*drawn, strict=True))
-    rollouts = Rollouts(*(x * valid[..., None, None] for x in steps))
     if not K:
-        return Rollouts(*(x.new_zeros(B, 0, N, G) for x in rollouts)), document
+        lengths = input_ids.new_zeros(B, 0, N)
+        ends = (lengths, lengths.bool()) if stop_token_ids else ()
+        return Rollouts(*(x.new_zeros(B, 0, N, G) for x in steps), *ends), document
+    rollouts = Rollouts(*(x * valid[..., None, None] for x in steps))
+    rollouts = ended(rollouts, valid, stop_token_ids) if stop_token_ids else rollouts
     return rollouts, torch.cat([document, torch.stack(hidden, dim=2).flatten(1, 2)], dim=1) if hidden else document
+
+
+def _generate(
+    lm, input_ids: Tensor, layout: BlockLayout, uniforms: Tensor, support: Support, stop_token_ids: Sequence[int]
+) -> Rollouts:
+    """As `_decode`, of a model whose rollouts share nothing, by transformers' own generation."""
+    shape, drawn = uniforms.shape, []
+    valid = layout.expand(shape[0])[1].to(input_ids.device)
+
+    def pick(logits: Tensor, step: int) -> Tensor:
+        drawn.append(_draw_from(logits.clone(), uniforms[..., step].flatten()[:, None], support, True))
+        return drawn[-1][0]
+
+    if layout.num_blocks:
+        plain.generate(lm, input_ids, layout, shape, stop_token_ids, pick)
+    else:
+        drawn = [[input_ids.new_zeros(0, 1), *(torch.zeros(0, 1, device=input_ids.device),) * 2]]
+    steps = (torch.stack([x.view(shape[:3]) for x in kind], dim=-1) for kind in zip(*drawn, strict=True))
+    rollouts = Rollouts(*(x * valid[..., None, None] for x in steps))
+    return ended(rollouts, valid, stop_token_ids) if stop_token_ids else rollouts
+
+
+def ended(rollouts: Rollouts, valid: Tensor, stop_token_ids: Sequence[int]) -> Rollouts:
+    """Rollouts cut behind the first of `stop_token_ids`, zeros behind it, as short as the longest of a valid block."""
+    is_end = torch.isin(rollouts.tokens, torch.tensor(list(stop_token_ids), device=rollouts.tokens.device))
+    went_on = (is_end.cumsum(-1) - is_end.long()) == 0  # no end before this token
+    valid = valid[..., None]
+    clipped = ~is_end.any(-1) & valid
+    found = Rollouts(*(x.where(went_on, 0) for x in rollouts[:3]), went_on.sum(-1) * valid, clipped)
+    return found.shortened()
+
+
+def _going_on(drawn: list[Tensor], valid: Tensor, stop_token_ids: Sequence[int]) -> bool:
+    """Whether any rollout of a valid block has not ended; tokens [B*K, N] or [B*K*N, 1] of each step so far."""
+    tokens = torch.stack([x.reshape(*valid.shape, -1) for x in drawn], dim=-1)  # [B, K, N, steps]
+    over = torch.isin(tokens, torch.tensor(list(stop_token_ids), device=tokens.device)).any(-1)
+    return bool((~over & valid[..., None]).any())
 
 
 def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statistics: bool) -> list[Tensor]:
@@ -182,27 +258,31 @@ def _draw(rows: Tensor, head: Head, uniforms: Tensor, support: Support, statisti
     whole vocabulary, which on a CPU costs as much as the rest of sampling. In place where it may be: another array of
     this size costs more than the passes over it.
     """
-    temperature, top_k, top_p = support
     parts = []
     size = rows_per_chunk(head, rows.device)
     for hidden, noise in zip(rows.split(size), uniforms.split(size), strict=True):
         # Not under no_grad: a cast of the head's weights that autocast keeps would have no graph for the update.
-        logits = at_least_float32(head(hidden.detach()).detach())
-        if temperature not in (0, 1):
-            logits = logits.div_(temperature)
-        logits = restrict(logits, 1.0, top_k, top_p)
-        tokens = logits.argmax(-1, keepdim=True).expand_as(noise) if temperature == 0 else None
-        if not statistics:
-            if tokens is None:
-                tokens = _search(torch.softmax(logits, -1, out=logits), noise)
-            parts.append((tokens, *logits.new_zeros(noise.shape).expand(2, *noise.shape)))
-            continue
-        logits -= logits.amax(-1, keepdim=True)  # whoever keeps what the head returned sees it change
-        weights = logits.exp()
-        normalizer, entropy = _normalizer_and_entropy(logits, weights, bool(top_k) or top_p < 1)
-        tokens = _search(weights, noise) if tokens is None else tokens
-        parts.append((tokens, logits.gather(-1, tokens) - normalizer, entropy.expand_as(noise)))
+        parts.append(_draw_from(head(hidden.detach()).detach(), noise, support, statistics))
     return [torch.cat(x) for x in zip(*parts, strict=True)]
+
+
+def _draw_from(logits: Tensor, noise: Tensor, support: Support, statistics: bool) -> list[Tensor]:
+    """As `_draw`, from logits [M, V], in which it works: whoever keeps them sees them change."""
+    temperature, top_k, top_p = support
+    logits = at_least_float32(logits)
+    if temperature not in (0, 1):
+        logits = logits.div_(temperature)
+    logits = restrict(logits, 1.0, top_k, top_p)
+    tokens = logits.argmax(-1, keepdim=True).expand_as(noise) if temperature == 0 else None
+    if not statistics:
+        if tokens is None:
+            tokens = _search(torch.softmax(logits, -1, out=logits), noise)
+        return [tokens, *logits.new_zeros(noise.shape).expand(2, *noise.shape)]
+    logits -= logits.amax(-1, keepdim=True)
+    weights = logits.exp()
+    normalizer, entropy = _normalizer_and_entropy(logits, weights, bool(top_k) or top_p < 1)
+    tokens = _search(weights, noise) if tokens is None else tokens
+    return [tokens, logits.gather(-1, tokens) - normalizer, entropy.expand_as(noise)]
 
 
 def _search(weights: Tensor, noise: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def network_shape(decoder: nn.Module) -> Network:
     """The sizes of a decoder, or of one cut off at its top tap."""
     config: Any = decoder.config.get_text_config()  # type: ignore[union-attr]
     layers = layer_list(decoder)[1]
-    heads, hidden = config.num_attention_heads, config.hidden_size
+    heads, hidden = getattr(config, "num_attention_heads", 1), config.hidden_size  # of a state-space model none
     head_size = getattr(config, "head_dim", None) or hidden // heads
     used = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 4 * hidden
@@ -116,7 +116,7 @@ def run_method(
     layers = 1 if network is None else network.decoder.config.get_text_config().num_hidden_layers  # type: ignore
     return Method(
         rollouts=args.num_generations,
-        completion_length=args.completion_length,
+        completion_length=args.rollout_length,
         reference=reference is not None,
         feature_depth=0 if network is None else max(network.layer_indices) / layers,
         trained=trained_share(causal_lm(policy).base_model),

@@ -5,38 +5,35 @@ from contextlib import suppress
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ._compat import attention_is_replaceable, is_stateful
 from .blocks import BlockLayout
+from .families import TESTED, reason_against, reason_against_blocks
 from .forward import causal_lm
 from .logprobs import document_and_block_log_probs
 
-# Families whose log-probs, features and gradients the tests hold against one run per rollout.
-TESTED = frozenset(
-    ("cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral")
-    + ("mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2")
-)
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Adapter initialisations that rewrite the base weights, so that switching the adapter off does not give the base back.
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
-def check_config(config: PreTrainedConfig, max_length: int | None = None) -> None:
-    """Refuse, from its config alone, a model on which block rollouts cannot be right.
+def check_config(config: PreTrainedConfig, max_length: int | None = None, rollout: str = "blocks") -> None:
+    """Refuse, from its config alone, a model on which rollouts cannot be right.
 
     Args:
         config: Of the model.
         max_length: Longest document in tokens, to be checked against the model's positions.
+        rollout: `blocks`, or `completion`, for which any causal LM will do.
 
     Raises:
         ValueError: Names the model type and the reason.
     """
     name = config.model_type
     text = config.get_text_config()
-    reason = _reason_against(text)
+    reason, remedy = reason_against(config), ""
+    if not reason and rollout == "blocks" and (reason := reason_against_blocks(config)):
+        remedy = " Any causal LM goes with rollout: completion."
     if reason:
-        raise ValueError(f"model type '{name}' is not supported: {reason}. Tested types: {', '.join(sorted(TESTED))}.")
+        types = ", ".join(sorted(TESTED))
+        raise ValueError(f"model type '{name}' is not supported: {reason}.{remedy} Tested types: {types}.")
     positions = getattr(text, "max_position_embeddings", None)
     if max_length is None or positions is None:
         return
@@ -51,30 +48,6 @@ def check_config(config: PreTrainedConfig, max_length: int | None = None) -> Non
             f"max_length={max_length}: beyond {trained} positions this model's '{kind}' rotary embedding depends on "
             f"the length of the run, which differs between blocks: lower max_length to {trained}."
         )
-
-
-def _reason_against(config: PreTrainedConfig) -> str | None:
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, and a block needs one causal sequence"
-    if model_class is None:
-        return "transformers has no causal language model for it"
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return "its ALiBi biases depend on a token's place in the packed row, not on its position"
-    if is_stateful(model_class):
-        return "its state-space or recurrent layers carry a state through the row and cannot branch into blocks"
-    if other:
-        return f"its layers of type {', '.join(other)} cannot honour a block mask"
-    if not attention_is_replaceable(model_class):
-        return "its attention cannot be replaced through transformers' AttentionInterface"
-    if config.model_type not in TESTED and getattr(config, "is_decoder", True) is False:
-        return "it is an encoder: its tokens see what comes after them"
-    if config.model_type == "gpt_oss":
-        return "its attention sinks are not in the block-parallel attention"
-    if config.model_type not in TESTED and getattr(config, "sliding_window", None):
-        return "it has a sliding window, which is tested per family only"
-    return None
 
 
 def verify_blocks(model: nn.Module) -> None:

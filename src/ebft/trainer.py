@@ -28,7 +28,7 @@ from .features import FeatureNetwork, adapters_off, layer_indices
 from .layouts import batch_layout, no_rollouts
 from .liger import take_liger_kernels_like
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
-from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
+from .metrics import COMPLETION_MEANS, EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
 from .prepare import prepare_datasets
 from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
@@ -100,6 +100,8 @@ class EBFTTrainer(RecordedTrainer):
             )
         elif feature_model is None:
             layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
+        if args.rollout == "completion" and args.stop_token_ids is None:
+            args.stop_token_ids = models.stop_token_ids(model, processing_class)
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )
@@ -199,6 +201,7 @@ class EBFTTrainer(RecordedTrainer):
             loss, log_probs = self._loss_of_one_forward(model, objective)
         else:
             rollouts = self._ahead.rollouts(inputs)
+            inputs["layout"] = inputs["layout"].shortened(rollouts.tokens.shape[-1])
             self._judge(objective, rollouts)
             loss, log_probs = self._loss_of_rollouts(model, objective, rollouts.tokens, inputs["layout"])
         self._record(objective, log_probs, loss)
@@ -263,7 +266,8 @@ class EBFTTrainer(RecordedTrainer):
         # The bare model: ranks may differ in how often they call it, which DDP's hooks would not survive.
         model, layout, n = self.model, inputs["layout"], self.args.num_generations
         uniforms = self._uniforms(inputs, purpose)
-        return sample_rollouts(model, inputs["input_ids"], layout, n, uniforms=uniforms, **self.args.sampling)
+        options = {"uniforms": uniforms, **self.args.sampling, **self.args.ending}
+        return sample_rollouts(model, inputs["input_ids"], layout, n, **options)
 
     def _uniforms(self, inputs: dict[str, Any], purpose: int = noise.SAMPLING) -> Tensor:
         documents = inputs["document_ids"].cpu()
@@ -275,7 +279,8 @@ class EBFTTrainer(RecordedTrainer):
         """Features of rollouts and references, their inner products, and the rewards: [B, K, N] or [B, K, G, N]."""
         args = self.args
         assert self.feature_network is not None, "loaded whenever rollouts are sampled"
-        generated, reference = self.feature_network(inputs["input_ids"], rollouts.tokens, inputs["layout"])
+        places = rollouts.tokens, inputs["layout"], rollouts.lengths
+        generated, reference = self.feature_network(inputs["input_ids"], *places)
         gram = gram_matrices(generated, reference)
         rewards = rewards_from_gram(gram, **args.rewarding)
         return gram, rewards
@@ -324,6 +329,7 @@ class EBFTTrainer(RecordedTrainer):
             reference = block_log_probs(
                 self.reference_model, inputs["input_ids"], rollouts.tokens, inputs["layout"], **self.args.sampling
             )
+        reference = reference if rollouts.mask is None else reference.where(rollouts.mask, 0.0)
         kl = losses.kl_estimate(rollouts.log_probs, reference, "k1")
         return Experience(rollouts, gram, rewards, kl, reference)
 
@@ -375,24 +381,30 @@ class EBFTTrainer(RecordedTrainer):
             sums = cross_entropy_sums(document, inputs)
             experience = None
             if layout.num_blocks and self.feature_network is not None:
-                experience = self._experience(inputs, self.sample(inputs, purpose=noise.EVALUATION))
+                rollouts = self.sample(inputs, purpose=noise.EVALUATION)
+                inputs["layout"] = layout.shortened(rollouts.tokens.shape[-1])
+                experience = self._experience(inputs, rollouts)
                 sums |= experience_sums(experience, layout)
         statistics = evaluation_statistics(sums, EVALUATION_SUMS)
         if self._user_metrics is None:
             return None, statistics, inputs["labels"][:, :1]
         references = layout.references(inputs["input_ids"])
-        rollouts = references.new_full((*references.shape[:2], self.args.num_generations, references.shape[-1]), -100)
+        predictions = references.new_full(
+            (*references.shape[:2], self.args.num_generations, references.shape[-1]), -100
+        )
         if experience is not None:
-            rollouts = experience.rollouts.tokens.where(layout.valid[..., None, None].to(references.device), -100)
-        return None, (statistics, rollouts), references
+            tokens, mask = experience.rollouts.tokens, experience.rollouts.mask
+            there = layout.valid[..., None, None].to(tokens.device) & (True if mask is None else mask)
+            predictions[..., : tokens.shape[-1]] = tokens.where(there, -100)
+        return None, (statistics, predictions), references
 
     def _evaluation_metrics(self, prediction) -> dict[str, float]:
         predictions = prediction.predictions
         statistics, *rest = predictions if isinstance(predictions, tuple) else [predictions]
-        sums = dict(zip(EVALUATION_SUMS, statistics.sum(0).tolist(), strict=True))
-        if self.reference_model is None:
-            del sums["kl"]
-        out = means(sums)
+        out = means(dict(zip(EVALUATION_SUMS, statistics.sum(0).tolist(), strict=True)))
+        absent = ["kl"] * (self.reference_model is None)
+        absent += [name for name in COMPLETION_MEANS if self.args.rollout == "blocks"]
+        out = {name: value for name, value in out.items() if name not in absent}
         if "ce_loss" in out:
             out = {"loss": out["ce_loss"]} | out
         if self._user_metrics is not None:

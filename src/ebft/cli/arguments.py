@@ -66,7 +66,6 @@ class MethodArguments:
         default=None,
         metadata={"help": "Of rlvr: unit_tests (the column `tests`), bleu, or an import path: my_rewards.length."},
     )
-    max_completion_length: int = field(default=256, metadata={"help": "Of rlvr: longest completion, in tokens."})
     time_limit: float = field(default=10.0, metadata={"help": "Of reward unit_tests: seconds a program may run."})
     allow_weak_sandbox: bool = field(
         default=False, metadata={"help": "Of reward unit_tests: run code even where only resource limits protect."}
@@ -86,16 +85,12 @@ class MethodArguments:
         default = {spec.name: spec.default for spec in fields(self)}
         for name, wanted in (
             ("reward", self.method == "rlvr"),
-            ("max_completion_length", self.method == "rlvr"),
             ("time_limit", self.reward == "unit_tests"),
             ("allow_weak_sandbox", self.reward == "unit_tests"),
         ):
             if not wanted and getattr(self, name) != default[name]:
-                needed = "method: rlvr" if name in ("reward", "max_completion_length") else "reward: unit_tests"
-                blocks = "; EBFT's blocks have `completion_length`" if name == "max_completion_length" else ""
-                raise ValueError(f"{name}: got {getattr(self, name)}, which does nothing without {needed}{blocks}")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length: got {self.max_completion_length}; give at least 1")
+                needed = "method: rlvr" if name == "reward" else "reward: unit_tests"
+                raise ValueError(f"{name}: got {getattr(self, name)}, which does nothing without {needed}")
         for name in ("time_limit", "max_train_seconds", "save_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -179,9 +174,20 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
         parser.set_defaults(output_dir=default_output_dir(namespace.model_name_or_path, namespace.dataset_name))
     *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments = Arguments(*groups)
+    _check_completion_length(arguments)
     if not arguments.model.use_peft:
         _refuse_lora_options(arguments.model)
     return arguments
+
+
+def _check_completion_length(arguments: Arguments) -> None:
+    length = arguments.training.max_completion_length
+    completes = arguments.method.method == "rlvr" or arguments.training.rollout == "completion"
+    if not completes and length != EBFTConfig.max_completion_length:
+        raise ValueError(
+            f"max_completion_length: got {length}, which does nothing without method: rlvr or rollout: completion; "
+            "EBFT's blocks have `completion_length`"
+        )
 
 
 def _refuse_lora_options(model: ModelArguments) -> None:

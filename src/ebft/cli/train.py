@@ -148,7 +148,7 @@ def _trainer_of(
     reward = make_reward(
         str(method.reward), time_limit=method.time_limit, allow_weak_sandbox=method.allow_weak_sandbox
     )
-    length = method.max_completion_length
+    length = training.max_completion_length
     return rlvr_trainer(
         model, training, **options, description=description, reward=reward, max_completion_length=length
     )

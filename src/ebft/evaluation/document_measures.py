@@ -19,12 +19,12 @@ from ..blocks import BlockLayout
 from ..features import FeatureNetwork
 from ..forward import causal_lm, evaluation_mode
 from ..metrics import cross_entropy_sums
+from ..models import end_ids
 from ..rewards import feature_matching_loss
 from ..rollout import Rollouts, sample_rollouts
 from .batches import batches_of
 from .contexts import behind_prompt, random_contexts
 from .diversity import distinct, duplicate_rate, self_bleu, until_end
-from .generation import end_ids
 from .intervals import DocumentMean
 from .settings import DocumentSettings
 from .summary import means_of

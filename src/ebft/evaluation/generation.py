@@ -4,14 +4,15 @@ On a GPU the cache is static, which saves its growing; on a CPU it grows, so tha
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedConfig
+from transformers import LogitsProcessorList, PreTrainedConfig
 
 from ..forward import evaluation_mode
+from ..models import end_ids
+from ..plain import own_generation_config
 from .code_benchmarks import cut
 from .diversity import until_end
 from .settings import GenerationSettings
@@ -114,7 +115,7 @@ def _complete_batch(
     left, at_once = settings.num_samples, max(1, _rows_at_a_time(length, settings) // len(prompts))
     while left:
         n = min(left, at_once)
-        with _own_generation_config(model, ends, pad):
+        with own_generation_config(model, ends, pad):
             found = model.generate(
                 torch.tensor(rows, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -139,23 +140,6 @@ def _finite_logits(name: str) -> Any:
         return logits
 
     return check
-
-
-@contextmanager
-def _own_generation_config(model: Any, ends: list[int], pad: int) -> Iterator[None]:
-    """Of the checkpoint's own generation settings only its EOS ids: a repetition penalty, say, is not the model."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def end_ids(config: GenerationConfig, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: the checkpoint's and its tokenizer's."""
-    theirs = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({i for i in (*theirs, getattr(tokenizer, "eos_token_id", None)) if i is not None})
 
 
 def text_behind(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], ends: Sequence[int]) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..models import end_ids
 from .code_benchmarks import cut
-from .generation import end_ids, text_behind
+from .generation import text_behind
 from .settings import GenerationSettings
 
 PROMPTS_AT_A_TIME = 256  # handed over together; what is done of them is kept when the command is interrupted

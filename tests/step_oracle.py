@@ -20,6 +20,14 @@ def anchors(document: dict, args, in_completion: bool, offset: int = 0) -> list[
     return [a for a in range(first + offset, last + 1, args.stride) if a >= args.context_length]
 
 
+def reference(document: dict, anchor: int, args) -> Tensor:
+    """What a block's rollouts are compared with: G tokens, or the completion to the first token that ends it."""
+    rest = document["input_ids"][anchor : anchor + args.rollout_length]
+    if args.rollout == "completion":
+        rest = rest[: next((i + 1 for i, token in enumerate(rest) if token in args.stop_token_ids), len(rest))]
+    return torch.tensor(rest)
+
+
 def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -> dict[str, Tensor]:
     """Loss of a whole step with its graph, and the metrics.
 
@@ -39,8 +47,10 @@ def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -
         trained = [p for p in range(1, len(ids)) if document["loss_mask"][p]]
         tokens.append([-log_probs[p - 1, ids[p]] for p in trained])
         mine = sorted(anchor for doc, anchor in groups if doc == index)
-        rollouts = [torch.tensor([row["token_ids"] for row in groups[index, anchor]]) for anchor in mine]
-        blocks.append([_block(policy, initial, phi, ids, a, t, args) for a, t in zip(mine, rollouts, strict=True)])
+        rollouts = [[torch.tensor(row["token_ids"]) for row in groups[index, anchor]] for anchor in mine]
+        references = [reference(document, anchor, args) for anchor in mine]
+        each = zip(mine, references, rollouts, strict=True)
+        blocks.append([_block(policy, initial, phi, ids[:a], y, t, args) for a, y, t in each])
 
     def of_blocks(name, mode="token"):
         return _mean([[block[name] for block in document] for document in blocks], mode)
@@ -102,11 +112,10 @@ def _mean(per_document: list[list[Tensor]], mode: str) -> Tensor:
     return torch.stack([torch.stack(values).mean() for values in per_document]).mean()
 
 
-def _block(policy, initial, phi, ids: Tensor, anchor: int, rollouts: Tensor, args) -> dict[str, Tensor]:
-    """Loss and metrics of one block with its rollouts [n, G]."""
-    n, G = rollouts.shape
-    prefix, reference = ids[:anchor], ids[anchor : anchor + G]
-    log_probs = torch.stack([_log_probs(policy, prefix, r, args.temperature) for r in rollouts])
+def _block(policy, initial, phi, prefix: Tensor, reference: Tensor, rollouts: list[Tensor], args) -> dict[str, Tensor]:
+    """Loss and metrics of one block with its n rollouts, each [G] or, of completions, as long as it is."""
+    n, G = len(rollouts), args.rollout_length
+    log_probs = [_log_probs(policy, prefix, r, args.temperature) for r in rollouts]
     with torch.no_grad():
         X = np.stack([_features(phi, prefix, r, args) for r in rollouts], axis=1)  # [G or 1, n, D]
         y = _features(phi, prefix, reference, args)  # [G or 1, D]
@@ -114,14 +123,14 @@ def _block(policy, initial, phi, ids: Tensor, anchor: int, rollouts: Tensor, arg
     aligned, diverse = np.stack(rewards, axis=1)  # [G or 1, n] each
     per_feature = np.stack([_leave_one_out(a, b, args) for a, b in zip(X, y, strict=True)])  # [G or 1, n]
     # A token's advantage counts the features from its own on; with one feature per block that is the block's.
-    advantages = [per_feature[min(t, len(X) - 1) :].sum(0) for t in range(G)]
-    advantage = torch.from_numpy(np.stack(advantages, axis=1))  # [n, G]
+    advantages = [per_feature[min(t, len(X) - 1) :].sum(0) for t in range(max(map(len, rollouts)))]
+    advantage = torch.from_numpy(np.stack(advantages, axis=1))  # [n, tokens]
     out = {}
     if args.beta:
         with torch.no_grad():
-            before = torch.stack([_log_probs(initial, prefix, r, args.temperature) for r in rollouts])
-        ratio = (before - log_probs).sum(-1)  # log ref / pi of each rollout
-        out["kl"] = -ratio.mean() / G
+            before = [_log_probs(initial, prefix, r, args.temperature) for r in rollouts]
+        ratio = torch.stack([(b - a).sum() for a, b in zip(log_probs, before, strict=True)])  # log ref / pi of each
+        out["kl"] = -(ratio / torch.tensor([len(r) for r in rollouts])).mean()
         kl_loss = {"k1": 0 * ratio, "k2": ratio**2 / 2, "k3": ratio.exp() - 1 - ratio}[args.kl_estimator]
         out["kl_loss"] = kl_loss.sum() / (G * n)
         if args.kl_estimator == "k1":
@@ -133,7 +142,8 @@ def _block(policy, initial, phi, ids: Tensor, anchor: int, rollouts: Tensor, arg
     numbers = {"reward": total, "rewards/alignment/mean": aligned, "rewards/diversity/mean": diverse}
     out |= {name: torch.tensor(value.mean()) for name, value in numbers.items()}
     out |= {"feature_matching_loss": torch.tensor(loss), "advantages": advantage}
-    return out | {"policy": -(advantage.to(log_probs) * log_probs).sum() / (G * n)}
+    weighed = [(a[: len(p)].to(p) * p).sum() for a, p in zip(advantage, log_probs, strict=True)]
+    return out | {"policy": -torch.stack(weighed).sum() / (G * n)}
 
 
 def _log_probs(model, prefix: Tensor, rollout: Tensor, temperature: float) -> Tensor:

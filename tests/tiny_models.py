@@ -3,6 +3,8 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
@@ -12,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -22,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -72,7 +76,36 @@ CONFIGS = {
     "smollm3": lambda: SmolLM3Config(**SIZES),
     "starcoder2": lambda: Starcoder2Config(**SIZES, sliding_window=None),
 }
-FLOAT32_ONLY = ("mixtral", "qwen3_moe")  # there is no grouped matrix product in float64
+# Causal models whose rows cannot branch into rollouts: by their position biases, their states, or layers of both kinds.
+UNPACKED = {
+    "bloom": lambda: BloomConfig(vocab_size=61, hidden_size=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2),
+    "mamba": lambda: MambaConfig(
+        vocab_size=61, hidden_size=32, state_size=8, num_hidden_layers=4, bos_token_id=1, eos_token_id=2
+    ),
+    "bamba": lambda: BambaConfig(
+        **SIZES,
+        attn_layer_indices=[2],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_d_state=8,
+        mamba_expand=2,
+        mamba_chunk_size=8,
+    ),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **SIZES,
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}
+FLOAT32_ONLY = (*(name for name in UNPACKED if name != "bloom"), "mixtral", "qwen3_moe")  # there is no grouped matrix product in float64
 
 
 def opt_config() -> OPTConfig:
@@ -92,12 +125,12 @@ def tiny_model(
     family: str = "qwen2", seed: int = 0, dtype=torch.float64, scale: float = 6.0, attention: str = "sdpa", **changes
 ) -> PreTrainedModel:
     """A model with weights large enough that its predictions are far from uniform; `changes` are to its config."""
-    config = CONFIGS[family]()
+    config = (CONFIGS | UNPACKED)[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(seed)
-    if family == "gemma2":
-        attention = "eager"  # the only ordinary attention with its score cap
+    if family == "gemma2" or family in UNPACKED:
+        attention = "eager"  # of gemma2 the only ordinary attention with its score cap
     if family in FLOAT32_ONLY and dtype == torch.float64:
         dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)

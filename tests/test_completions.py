@@ -1,0 +1,250 @@
+"""Rollouts of whole completions: where they end, what they are compared with, the step, and models of any kind."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+import oracles
+from ebft import BlockLayout, FeatureNetwork, block_log_probs
+from ebft.forward import packs
+from ebft.rollout import sample_rollouts
+from enumeration import VOCAB, G, mean_estimate
+from test_trainer_step import LORA, check_step, oracle_documents
+from tiny import EOS, byte_bpe_tokenizer
+from tiny_models import tiny_model
+from training import config, documents, read_rollouts, relative_error, small_model, train, trainer
+
+TOKENIZER = byte_bpe_tokenizer()
+STOPS = sorted({TOKENIZER.eos_token_id, *range(40, 90)})  # many, so that rollouts of random weights end
+LENGTHS, PROMPTS = [23, 9, 17, 30, 12, 26], [9, 2, 3, 11, 5, 24]
+SETTINGS = dict(rollout="completion", max_completion_length=11, stop_token_ids=STOPS, temperature=1.0)
+PLAIN = ("bloom", "bamba", "qwen3_next")  # families whose rows cannot branch
+
+
+def rows(ends=True) -> list[dict]:
+    """Documents whose completions end in a stop token, where wanted, and have none before it."""
+    found = documents(LENGTHS, prompts=PROMPTS, vocabulary=40)
+    for row in found if ends else []:
+        row["input_ids"][-1] = TOKENIZER.eos_token_id
+    return found
+
+
+# --- where completions lie ---
+
+
+def layout_of(texts: list[str], longest=4) -> BlockLayout:
+    """One document per text: lower case is prompt, upper case completion, E an end, | begins another document."""
+    width = max(map(len, texts))
+    doc_ids = torch.full((len(texts), width), -1)
+    starts, ends = torch.zeros(2, len(texts), width, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        doc = 0
+        for place, letter in enumerate(text):
+            doc += letter == "|"
+            doc_ids[row, place] = doc
+            before = text[place - 1] if place else "|"
+            starts[row, place] = letter.isupper() and not before.isupper()
+            ends[row, place] = letter == "E"
+    return BlockLayout.from_completions(doc_ids, starts, ends, longest)
+
+
+def test_completions_of_documents():
+    layout = layout_of(["abcABE", "aAAAAAAE", "abAE|abcdAEcdBBE", "aABC", "Eab", "aE"])
+    found = [
+        [
+            (int(a), int(p), int(n))
+            for a, p, n, v in zip(*(x[row] for x in (layout.anchors, layout.prefix_starts, layout.reference_lengths, layout.valid)), strict=True)
+            if v
+        ]
+        for row in range(6)
+    ]
+    assert found[0] == [(3, 0, 3)]
+    assert found[1] == [(1, 0, 4)]  # longer than the longest rollout: cut as a rollout is
+    assert found[2] == [(2, 0, 2), (9, 4, 2), (13, 4, 3)]  # two turns of one document, each with its whole history
+    assert found[3] == []  # cut: there is no end to compare with
+    assert found[4] == []  # no prefix
+    assert found[5] == [(1, 0, 1)]
+
+
+def test_references_end():
+    layout = layout_of(["abcABE", "aAE"])
+    ids = torch.arange(12).view(2, 6)
+    assert layout.references(ids).tolist() == [[[3, 4, 5, -100]], [[7, 8, -100, -100]]]
+    chosen = layout.select(torch.tensor([[True], [False]]))
+    assert chosen.reference_lengths.tolist() == [[3], [1]]
+    assert chosen.references(ids).tolist() == [[[3, 4, 5, -100]], [[-100] * 4]]
+
+
+# --- sampling ---
+
+
+def slow_rollout(model, prefix, uniforms, stops) -> list[int]:
+    """Token by token, each from a run of its own; the inverse of the cumulative distribution at the given noise."""
+    tokens: list[int] = []
+    for u in uniforms.tolist():
+        logits = model(torch.cat([prefix, torch.tensor(tokens, dtype=torch.long)])[None]).logits[0, -1]
+        tokens.append(int((logits.double().softmax(-1).cumsum(-1) > u).int().argmax()))
+        if tokens[-1] in stops:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["qwen2", *PLAIN])
+@torch.no_grad()
+def test_rollouts_end(family):
+    """Prefixes of several lengths, two of one row; tokens, lengths, log-probs and what is behind the end."""
+    # With padding on the left transformers' Bloom is not a number in double precision.
+    model = tiny_model(family, scale=3.0, dtype=torch.float64 if family == "qwen2" else torch.float32)
+    stops = list(range(30, 40))
+    ids = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(1))
+    starts, ends = torch.zeros(2, 2, 14, dtype=torch.bool)
+    starts[0, [3, 9]], ends[0, [6, 12]], starts[1, 5], ends[1, 7] = True, True, True, True
+    layout = BlockLayout.from_completions(torch.zeros(2, 14, dtype=torch.long), starts, ends, 21)
+    uniforms = torch.rand(2, 2, 3, 21, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = sample_rollouts(model, ids, layout, 3, uniforms=uniforms, stop_token_ids=stops)
+    seen = set()
+    for b, k in layout.valid.nonzero().tolist():
+        prefix = ids[b, : layout.anchors[b, k]]
+        for n in range(3):
+            expected = slow_rollout(model, prefix, uniforms[b, k, n], stops)
+            length, clipped = int(found.lengths[b, k, n]), bool(found.clipped[b, k, n])
+            assert found.tokens[b, k, n, :length].tolist() == expected
+            assert clipped == (expected[-1] not in stops) and (not clipped or length == 21)
+            logits = model(torch.cat([prefix, torch.tensor(expected)])[None]).logits[0, len(prefix) - 1 : -1]
+            log_probs = logits.double().log_softmax(-1).gather(-1, torch.tensor(expected)[:, None])[:, 0]
+            torch.testing.assert_close(found.log_probs[b, k, n, :length].double(), log_probs, rtol=0, atol=2e-5)
+            for behind in found[:3]:
+                assert not behind[b, k, n, length:].any()
+            seen.add(length)
+    assert len(seen) > 2 and found.tokens.shape[-1] == max(seen)
+    assert not found.lengths[1, 1].any() and not found.tokens[1, 1].any()  # there is no second block in that row
+
+
+# --- the gradient ---
+
+MOST, END = 3, 3  # tokens of a completion over {0, 1, 2, END}
+
+
+def all_completions() -> list[tuple[int, ...]]:
+    """Every completion of at most MOST tokens that ends with END or is cut: their probabilities sum to 1."""
+    found, open_ends = [], [()]
+    for _ in range(MOST):
+        grown = [(*c, token) for c in open_ends for token in range(VOCAB)]
+        found += [c for c in grown if c[-1] == END]
+        open_ends = [c for c in grown if c[-1] != END]
+    return found + open_ends
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean_pooling"])
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_mean_gradient_is_exact(family, pooling, n):
+    """With an EOS in the vocabulary: the mean of a step's gradient is that of the enumerated loss, over MOST."""
+    sizes = {"vocab_size": VOCAB, "pad_token_id": None} if family == "gpt_neox" else {"vocab_size": VOCAB}
+    policy, frozen = (tiny_model(family, seed=seed, scale=3.0, dtype=torch.float64, **sizes) for seed in (0, 1))
+    params, document = list(policy.parameters()), torch.tensor([[0, 2, 1, 2, 1, END]])
+    starts, ends = torch.zeros(2, 1, 6, dtype=torch.bool)
+    starts[0, 3], ends[0, 5] = True, True
+    layout = BlockLayout.from_completions(torch.zeros(1, 6, dtype=torch.long), starts, ends, MOST)
+
+    completions = all_completions()
+    lengths = torch.tensor([len(c) for c in completions])
+    tokens = torch.tensor([[*c, *[0] * (MOST - len(c))] for c in completions])[None, None]
+    mask = torch.arange(MOST) < lengths[:, None]
+    log_probs = block_log_probs(policy, document, tokens, layout)[0, 0].where(mask, 0.0)
+    phi = FeatureNetwork(frozen, pooling=pooling)
+    gen, ref = phi(document, tokens, layout, lengths[None, None])
+    mean = mean_estimate(log_probs, gen[0, 0], ref[0, 0], params, n, "leave_one_out")
+
+    # The exact side: one run per completion.
+    def features(ids, begin):
+        hidden = torch.cat(frozen(ids, output_hidden_states=True).hidden_states[1:4], -1)[0, begin:].detach()
+        hidden = hidden / hidden.norm(dim=-1, keepdim=True)
+        return hidden[-1] if pooling == "last_token" else hidden.mean(0)
+
+    exact_log_probs = torch.zeros(len(completions), dtype=torch.float64)
+    exact_phi = []
+    for i, completion in enumerate(completions):
+        ids = torch.cat([document[:, :3], torch.tensor(completion)[None]], 1)
+        picked = policy(ids).logits[0, 2:-1].log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])
+        exact_log_probs = exact_log_probs.index_put((torch.tensor(i),), picked.sum())
+        exact_phi.append(features(ids, 3))
+    probs = exact_log_probs.exp()
+    assert probs.sum().item() == pytest.approx(1.0, abs=1e-9)
+    loss = oracles.quadratic_loss(probs, torch.stack(exact_phi), features(document, 3))
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]) / MOST
+    assert exact.norm() > 1e-3
+    torch.testing.assert_close(mean * G / MOST, exact, rtol=0, atol=1e-9)  # the constant, not what was sampled
+
+
+# --- a step of the trainer ---
+
+CASES = {
+    "last_token": {},
+    "mean": dict(pooling="mean_pooling"),
+    "batches": dict(per_device_train_batch_size=2, gradient_accumulation_steps=3),
+    "together": dict(per_device_train_batch_size=1, gradient_accumulation_steps=6, per_device_generation_batch_size=4),
+    "packed": dict(packing=True),
+    "kl_in_reward": dict(beta=0.2),
+    "kl_in_loss": dict(beta=0.2, kl_estimator="k2"),
+    "checkpointing": dict(gradient_checkpointing=True),
+    "rloo": dict(whitening="none", advantage_estimator="rloo"),
+}
+
+
+def run_case(folder, family="qwen2", adapted=False, **settings):
+    from peft import get_peft_model
+
+    model = small_model(family, dtype=torch.float64, scale=4.0)
+    torch.manual_seed(5)
+    model = get_peft_model(model, LORA) if adapted else model
+    plain = copy.deepcopy(model)
+    return train(model, rows(), folder, settings=SETTINGS | settings), plain
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "rloo"])
+def test_step_is_the_oracles(tmp_path, case):
+    run, plain = run_case(tmp_path, **CASES[case])
+    groups = read_rollouts(tmp_path)
+    assert {document for document, _ in groups} == {0, 1, 2, 3, 4, 5}
+    lengths = [len(row["token_ids"]) for group in groups.values() for row in group]
+    assert len(set(lengths)) > 3 and max(lengths) <= 11
+    assert run.metrics[0]["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    cut = [row["token_ids"][-1] not in STOPS for group in groups.values() for row in group]
+    assert run.metrics[0]["completions/clipped_ratio"] == pytest.approx(sum(cut) / len(cut))
+    check_step(run, plain, oracle_documents(rows()))
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_step_of_any_causal_model(tmp_path, family):
+    """Rows that share nothing: the same step, in single precision where the family knows no other."""
+    model = small_model(family, scale=4.0)
+    assert not packs(model)
+    plain = copy.deepcopy(model)
+    run = train(model, rows(), tmp_path, settings=SETTINGS)
+    check_step(run, plain, oracle_documents(rows()), tolerance=2e-3)
+
+
+def test_batches_do_not_matter(tmp_path):
+    one, _ = run_case(tmp_path / "one")
+    for name in ("batches", "together", "packed"):
+        other, _ = run_case(tmp_path / name, **CASES[name])
+        assert relative_error(one.weights[0], other.weights[1], one.weights[1]) < 1e-5, name
+
+
+def test_lora_and_resume(tmp_path):
+    """An adapter, and a resumed run that ends in the same bits."""
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
+    whole, _ = run_case(tmp_path / "whole", adapted=True, **settings)
+    model = copy.deepcopy(run_case(tmp_path / "unused", adapted=True, max_steps=1)[1])
+    rest = train(
+        model,
+        rows(),
+        tmp_path / "rest",
+        settings=SETTINGS | settings,
+        resume=str(tmp_path / "whole" / "checkpoint-2"),
+    )
+    for name, value in whole.weights[-1].items():
+        assert torch.equal(rest.weights[-1][name], value), name

@@ -1,10 +1,10 @@
 """Rollouts of whole completions: where they end, what they are compared with, the step, and models of any kind."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 import oracles
 from ebft import BlockLayout, FeatureNetwork, block_log_probs
@@ -12,12 +12,13 @@ from ebft.forward import packs
 from ebft.rollout import sample_rollouts
 from enumeration import VOCAB, G, mean_estimate
 from test_trainer_step import LORA, check_step, oracle_documents
-from tiny import EOS, byte_bpe_tokenizer
+from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
-from training import config, documents, read_rollouts, relative_error, small_model, train, trainer
+from training import documents, read_rollouts, relative_error, small_model, train
 
 TOKENIZER = byte_bpe_tokenizer()
-STOPS = sorted({TOKENIZER.eos_token_id, *range(40, 90)})  # many, so that rollouts of random weights end
+END_OF_TEXT: Any = TOKENIZER.eos_token_id
+STOPS = [END_OF_TEXT, *range(40, 90)]  # many, so that rollouts of random weights end
 LENGTHS, PROMPTS = [23, 9, 17, 30, 12, 26], [9, 2, 3, 11, 5, 24]
 SETTINGS = dict(rollout="completion", max_completion_length=11, stop_token_ids=STOPS, temperature=1.0)
 PLAIN = ("bloom", "bamba", "qwen3_next")  # families whose rows cannot branch
@@ -27,7 +28,7 @@ def rows(ends=True) -> list[dict]:
     """Documents whose completions end in a stop token, where wanted, and have none before it."""
     found = documents(LENGTHS, prompts=PROMPTS, vocabulary=40)
     for row in found if ends else []:
-        row["input_ids"][-1] = TOKENIZER.eos_token_id
+        row["input_ids"][-1] = END_OF_TEXT
     return found
 
 
@@ -52,14 +53,9 @@ def layout_of(texts: list[str], longest=4) -> BlockLayout:
 
 def test_completions_of_documents():
     layout = layout_of(["abcABE", "aAAAAAAE", "abAE|abcdAEcdBBE", "aABC", "Eab", "aE"])
-    found = [
-        [
-            (int(a), int(p), int(n))
-            for a, p, n, v in zip(*(x[row] for x in (layout.anchors, layout.prefix_starts, layout.reference_lengths, layout.valid)), strict=True)
-            if v
-        ]
-        for row in range(6)
-    ]
+    columns: Any = (layout.anchors, layout.prefix_starts, layout.reference_lengths)
+    table = torch.stack(columns, dim=-1)
+    found = [[tuple(x) for x in row[valid].tolist()] for row, valid in zip(table, layout.valid, strict=True)]
     assert found[0] == [(3, 0, 3)]
     assert found[1] == [(1, 0, 4)]  # longer than the longest rollout: cut as a rollout is
     assert found[2] == [(2, 0, 2), (9, 4, 2), (13, 4, 3)]  # two turns of one document, each with its whole history
@@ -72,7 +68,7 @@ def test_references_end():
     layout = layout_of(["abcABE", "aAE"])
     ids = torch.arange(12).view(2, 6)
     assert layout.references(ids).tolist() == [[[3, 4, 5, -100]], [[7, 8, -100, -100]]]
-    chosen = layout.select(torch.tensor([[True], [False]]))
+    chosen: Any = layout.select(torch.tensor([[True], [False]]))
     assert chosen.reference_lengths.tolist() == [[3], [1]]
     assert chosen.references(ids).tolist() == [[[3, 4, 5, -100]], [[-100] * 4]]
 
@@ -103,7 +99,7 @@ def test_rollouts_end(family):
     starts[0, [3, 9]], ends[0, [6, 12]], starts[1, 5], ends[1, 7] = True, True, True, True
     layout = BlockLayout.from_completions(torch.zeros(2, 14, dtype=torch.long), starts, ends, 21)
     uniforms = torch.rand(2, 2, 3, 21, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = sample_rollouts(model, ids, layout, 3, uniforms=uniforms, stop_token_ids=stops)
+    found: Any = sample_rollouts(model, ids, layout, 3, uniforms=uniforms, stop_token_ids=stops)
     seen = set()
     for b, k in layout.valid.nonzero().tolist():
         prefix = ids[b, : layout.anchors[b, k]]
@@ -142,7 +138,9 @@ def all_completions() -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("n", [2, 3])
 def test_mean_gradient_is_exact(family, pooling, n):
     """With an EOS in the vocabulary: the mean of a step's gradient is that of the enumerated loss, over MOST."""
-    sizes = {"vocab_size": VOCAB, "pad_token_id": None} if family == "gpt_neox" else {"vocab_size": VOCAB}
+    sizes: dict[str, Any] = (
+        {"vocab_size": VOCAB, "pad_token_id": None} if family == "gpt_neox" else {"vocab_size": VOCAB}
+    )
     policy, frozen = (tiny_model(family, seed=seed, scale=3.0, dtype=torch.float64, **sizes) for seed in (0, 1))
     params, document = list(policy.parameters()), torch.tensor([[0, 2, 1, 2, 1, END]])
     starts, ends = torch.zeros(2, 1, 6, dtype=torch.bool)
@@ -236,7 +234,9 @@ def test_batches_do_not_matter(tmp_path):
 
 def test_lora_and_resume(tmp_path):
     """An adapter, and a resumed run that ends in the same bits."""
-    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
+    settings: dict[str, Any] = dict(
+        max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2
+    )
     whole, _ = run_case(tmp_path / "whole", adapted=True, **settings)
     model = copy.deepcopy(run_case(tmp_path / "unused", adapted=True, max_steps=1)[1])
     rest = train(

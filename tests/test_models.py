@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ebft.config import EBFTConfig
+from ebft.families import TESTED
 from ebft.features import FeatureNetwork
 from ebft.logprobs import block_log_probs
 from ebft.models import (
@@ -27,7 +28,6 @@ from ebft.models import (
     load_tokenizer,
     weights_hash,
 )
-from ebft.families import TESTED
 from ebft.support import check_adapters_off_is_base, check_config, check_tokenizer, verify_blocks
 from ragged import ragged_batch, random_tokens
 from test_logprobs import lora_model

@@ -76,7 +76,7 @@ CONFIGS = {
     "smollm3": lambda: SmolLM3Config(**SIZES),
     "starcoder2": lambda: Starcoder2Config(**SIZES, sliding_window=None),
 }
-# Causal models whose rows cannot branch into rollouts: by their position biases, their states, or layers of both kinds.
+# Causal models whose rows cannot branch into rollouts, for their position biases, their states, or layers of both.
 UNPACKED = {
     "bloom": lambda: BloomConfig(vocab_size=61, hidden_size=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2),
     "mamba": lambda: MambaConfig(
@@ -105,7 +105,8 @@ UNPACKED = {
         shared_expert_intermediate_size=16,
     ),
 }
-FLOAT32_ONLY = (*(name for name in UNPACKED if name != "bloom"), "mixtral", "qwen3_moe")  # there is no grouped matrix product in float64
+# There is no grouped matrix product in float64; state-space layers compute in float32.
+FLOAT32_ONLY = ("mixtral", "qwen3_moe", "mamba", "bamba", "qwen3_next")
 
 
 def opt_config() -> OPTConfig:

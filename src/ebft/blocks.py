@@ -271,7 +271,7 @@ class BlockLayout:
 
 
 def _padded(rows: list[list[tuple[int, ...]]], padding: tuple[int, ...]) -> list[Tensor]:
-    """Each column of ragged rows of tuples as LongTensor [B, K], padded with its own number; and what is not padding."""
+    """Columns of ragged rows of tuples as LongTensor [B, K], each padded with its number; and what is there."""
     most = max((len(row) for row in rows), default=0)
     table = torch.tensor([[*row, *[padding] * (most - len(row))] for row in rows], dtype=torch.long)
     valid = torch.arange(most) < torch.tensor([len(row) for row in rows])[:, None]

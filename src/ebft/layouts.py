@@ -26,12 +26,12 @@ def batch_layout(batch: dict[str, Any], args: EBFTConfig, anchors: str, step: in
     Returns:
         A layout with `doc_ids`.
     """
-    doc_ids, ids = batch["doc_ids"].cpu(), batch["document_ids"].cpu()
     if args.rollout == "completion":
         layout = _completions(batch, args.max_completion_length, args.stop_token_ids or ())
     else:
         layout = _blocks(batch, args, anchors, step)
     if step is not None and args.max_blocks is not None:
+        ids = batch["document_ids"].cpu()
         layout = noise.random_subset(layout, ids, args.max_blocks, seed=args.seed, step=step)
     return layout
 

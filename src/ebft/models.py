@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from ._compat import revision_of
-from .features import FeatureNetwork, decoder_up_to, layer_indices
 from .families import TESTED
+from .features import FeatureNetwork, decoder_up_to, layer_indices
 from .forward import causal_lm, install, packs
 from .support import check_adapters_off_is_base, check_config, check_same_vocabulary, verify_blocks
 

@@ -43,7 +43,7 @@ class PlainRows:
         doc_ids = plan.layout.doc_ids
         if doc_ids is not None:
             inside[:, 0, :P] &= doc_ids >= 0
-        self.shape, self.steps = (batch_size, P, R, S), (count[:, :R] + torch.arange(S)).to(device)
+        self.shape, self.steps = (batch_size, P, R), (count[:, :R] + torch.arange(S)).to(device)
         self.source = torch.cat([document, rollout], 1).flatten(1).to(device)  # [B, (1 + R) * L]
         self.mask = inside.long().flatten(0, 1).to(device)
 
@@ -53,7 +53,7 @@ class PlainRows:
 
     def pack(self, hidden: Tensor) -> Tensor:
         """[B * (1 + R), L, H] -> packed [B, P + R*S, H]."""
-        B, P, R, S = self.shape
+        B, P, R = self.shape
         document, rollouts = hidden.unflatten(0, (B, 1 + R)).split([1, R], dim=1)
         document = document[:, 0, :P]
         if not R:
@@ -82,7 +82,7 @@ def generate(
         stop_token_ids: Ids behind which a row does not go on.
         pick: Given logits [B*K*N, V] and the step; rows that ended are still picked for.
     """
-    B, K, N, G = shape
+    B, _, N, G = shape
     anchors, _, begins = layout.expand(B)
     lengths = anchors - begins
     back = torch.arange(int(lengths.max()), 0, -1)  # distance to the anchor: prefixes are padded on the left

@@ -87,8 +87,8 @@ def sample_rollouts(
         stop_token_ids: Ids behind which a rollout does not go on; without any it has G tokens.
 
     Returns:
-        Rollouts; zeros where a block is not valid. With `stop_token_ids` they have `lengths`, and no more steps than the
-        longest needs.
+        Rollouts; zeros where a block is not valid. With `stop_token_ids` they have `lengths`, and no more steps than
+        the longest needs.
 
     Raises:
         ValueError: A number is out of range.

@@ -246,6 +246,11 @@ class EBFTConfig(TrainingArguments):
         return self.completion_length if self.rollout == "blocks" else self.max_completion_length
 
     @property
+    def longest_completion(self) -> int | None:
+        """Tokens of the longest whole completion, or None where rollouts are blocks."""
+        return self.max_completion_length if self.rollout == "completion" else None
+
+    @property
     def checkpoints_activations(self) -> bool:
         """Gradient checkpointing, by its name before or since transformers 5.23."""
         return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", False))

@@ -51,7 +51,7 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         raise ValueError(
             f"model={type(lm).__name__} is not a transformers causal LM: pass a name, path or PreTrainedModel."
         )
-    check_config(lm.config, args.max_length, args.rollout)
+    check_config(lm.config, args.max_length, args.longest_completion)
     if hasattr(policy, "peft_config") and not hasattr(policy, "disable_adapter"):
         raise ValueError(
             "model has an adapter from add_adapter: wrap it with peft.get_peft_model or pass peft_config."
@@ -107,7 +107,7 @@ def check_named_policy(name: str, args) -> PreTrainedConfig:
             "block-parallel attention is used on top of it)."
         )
     config = load_config(name, **{k: kwargs[k] for k in ("revision", "trust_remote_code") if kwargs.get(k)})
-    check_config(config, args.max_length, args.rollout)
+    check_config(config, args.max_length, args.longest_completion)
     return config
 
 
@@ -120,7 +120,7 @@ def check_named_feature_model(name: str, args) -> PreTrainedConfig:
     field = "feature_model_name_or_path"
     config = load_config(name, field, revision=args.feature_model_revision)
     try:
-        check_config(config, args.max_length, args.rollout)
+        check_config(config, args.max_length, args.longest_completion)
         layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
     except ValueError as error:
         raise ValueError(f"{field}='{name}': {error}") from error
@@ -180,15 +180,17 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def stop_token_ids(model: str | nn.Module, processing_class) -> list[int]:
-    """Ids that end a completion: the model's (of its generation config) and its tokenizer's EOS."""
+def complete_stop_token_ids(args, model: str | nn.Module, processing_class) -> None:
+    """Set `args.stop_token_ids`, if that is left open, to the EOS of the model (its generation config) and tokenizer."""
+    if args.rollout == "blocks" or args.stop_token_ids is not None:
+        return
     config: Any = None
     if not isinstance(model, str):
         config = causal_lm(model).generation_config
     else:
         with suppress(OSError):  # there need not be any
             config = GenerationConfig.from_pretrained(model)
-    return end_ids(config, processing_class)
+    args.stop_token_ids = end_ids(config, processing_class)
 
 
 def end_ids(config: GenerationConfig | None, tokenizer: Any) -> list[int]:

@@ -15,38 +15,48 @@ from .logprobs import document_and_block_log_probs
 REWRITING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
-def check_config(config: PreTrainedConfig, max_length: int | None = None, rollout: str = "blocks") -> None:
+def check_config(config: PreTrainedConfig, max_length: int | None = None, completions: int | None = None) -> None:
     """Refuse, from its config alone, a model on which rollouts cannot be right.
 
     Args:
         config: Of the model.
         max_length: Longest document in tokens, to be checked against the model's positions.
-        rollout: `blocks`, or `completion`, for which any causal LM will do.
+        completions: Longest rollout of whole completions, for which any causal LM will do; None for blocks.
 
     Raises:
         ValueError: Names the model type and the reason.
     """
-    name = config.model_type
-    text = config.get_text_config()
     reason, remedy = reason_against(config), ""
-    if not reason and rollout == "blocks" and (reason := reason_against_blocks(config)):
+    if not reason and completions is None and (reason := reason_against_blocks(config)):
         remedy = " Any causal LM goes with rollout: completion."
     if reason:
         types = ", ".join(sorted(TESTED))
-        raise ValueError(f"model type '{name}' is not supported: {reason}.{remedy} Tested types: {types}.")
-    positions = getattr(text, "max_position_embeddings", None)
-    if max_length is None or positions is None:
-        return
-    if max_length > positions:
         raise ValueError(
-            f"max_length={max_length} exceeds the model's {positions} positions: lower max_length to {positions}."
+            f"model type '{config.model_type}' is not supported: {reason}.{remedy} Tested types: {types}."
         )
-    scaling = getattr(text, "rope_parameters", None) or {}
-    kind, trained = scaling.get("rope_type"), scaling.get("original_max_position_embeddings")
-    if kind in ("dynamic", "longrope") and trained and max_length > trained:
+    if max_length is not None:
+        _check_positions(config.get_text_config(), max_length, completions or 0)
+
+
+def _check_positions(config: PreTrainedConfig, max_length: int, completions: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    # A completion starts inside the document, wherever its prompt ends.
+    needed = max_length + completions
+    said = f"max_length={max_length}" + (f" and max_completion_length={completions} behind it" if completions else "")
+    verb = "exceed" if completions else "exceeds"
+    if needed > positions:
         raise ValueError(
-            f"max_length={max_length}: beyond {trained} positions this model's '{kind}' rotary embedding depends on "
-            f"the length of the run, which differs between blocks: lower max_length to {trained}."
+            f"{said} {verb} the model's {positions} positions: lower max_length to {max(1, positions - completions)}."
+        )
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kind, trained = scaling.get("rope_type"), scaling.get("original_max_position_embeddings")
+    if kind in ("dynamic", "longrope") and trained and needed > trained:
+        raise ValueError(
+            f"{said}: beyond {trained} positions this model's '{kind}' rotary embedding depends on "
+            "the length of the run, which differs between rollouts: lower max_length to "
+            f"{max(1, trained - completions)}."
         )
 
 

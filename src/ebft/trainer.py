@@ -100,8 +100,7 @@ class EBFTTrainer(RecordedTrainer):
             )
         elif feature_model is None:
             layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
-        if args.rollout == "completion" and args.stop_token_ids is None:
-            args.stop_token_ids = models.stop_token_ids(model, processing_class)
+        models.complete_stop_token_ids(args, model, processing_class)
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )

@@ -39,7 +39,8 @@ examples:
 
 GIB = 2**30
 SETTINGS = (
-    *("max_length", "context_length", "stride", "completion_length", "num_generations", "max_blocks"),
+    *("rollout", "max_length", "context_length", "stride", "completion_length", "max_completion_length"),
+    *("num_generations", "max_blocks"),
     *("packing", "document_masking", "temperature", "top_p", "top_k"),
     *("pooling", "feature_norm", "whitening", "advantage_estimator"),
     *("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef", "learning_rate", "lr_scheduler_type"),
@@ -91,6 +92,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
     tokenizer = models.load_tokenizer(name)
+    models.complete_stop_token_ids(args, name, tokenizer)
     rows, documents, anchors, evaluates = _documents(arguments, tokenizer)
     with torch.device("meta"):
         adapter = get_peft_config(model)
@@ -140,6 +142,8 @@ def _documents(arguments: Arguments, tokenizer) -> tuple[Any, Documents, str, bo
     if train is not None and hasattr(train, "__len__"):
         return train, survey(train, args, anchors), anchors, evaluation is not None
     sizes = (args.max_length, args.stride, args.context_length, args.completion_length)
+    if args.rollout == "completion":  # one behind a prompt that is as long as may be
+        sizes = (args.max_length, 1, args.max_length - 1, 1)
     documents = Documents.of_length(*sizes, args.max_blocks if args.rl_coef else 0)
     return None, documents, anchors, evaluation is not None
 
@@ -147,14 +151,16 @@ def _documents(arguments: Arguments, tokenizer) -> tuple[Any, Documents, str, bo
 def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) -> dict[str, Any]:
     """The model, how it attends, and its feature network."""
     from ebft._compat import attention_of
-    from ebft.forward import causal_lm
+    from ebft.forward import causal_lm, packs
 
     config = causal_lm(policy).config
     section: dict[str, Any] = {
         "type": config.model_type,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "trained parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
-        "attention": f"block-parallel on {attention_of(config).removeprefix('ebft_')}",
+        "attention": f"block-parallel on {attention_of(config).removeprefix('ebft_')}"
+        if packs(causal_lm(policy))
+        else "its own; every rollout is a row with its whole prefix, which the costs below do not count",
     }
     if network is None:
         return section | {"feature network": None}
@@ -195,7 +201,7 @@ def _costs(run: _Run) -> dict[str, Any]:
             "document tokens": work.tokens,
             "blocks": work.blocks,
             "rollouts": rollouts,
-            "generated tokens": rollouts * args.completion_length,
+            "generated tokens": rollouts * args.rollout_length,
         },
         "token-forwards": {
             "without checkpointing": planning.token_forwards(work, method, checkpointing=False),

@@ -1,6 +1,7 @@
 """Rollouts of whole completions: where they end, what they are compared with, the step, and models of any kind."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -8,13 +9,16 @@ import torch
 
 import oracles
 from ebft import BlockLayout, FeatureNetwork, block_log_probs
+from ebft.cli.arguments import parse
+from ebft.cli.plan import make_plan
+from ebft.cli.train import run as run_train
 from ebft.forward import packs
 from ebft.rollout import sample_rollouts
 from enumeration import VOCAB, G, mean_estimate
 from test_trainer_step import LORA, check_step, oracle_documents
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
-from training import documents, read_rollouts, relative_error, small_model, train
+from training import config, documents, read_metrics, read_rollouts, relative_error, small_model, train, trainer
 
 TOKENIZER = byte_bpe_tokenizer()
 END_OF_TEXT: Any = TOKENIZER.eos_token_id
@@ -248,3 +252,68 @@ def test_lora_and_resume(tmp_path):
     )
     for name, value in whole.weights[-1].items():
         assert torch.equal(rest.weights[-1][name], value), name
+
+
+# --- what is refused, and the command line ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(pooling="concat"), "pooling='concat' needs rollouts of one length"),
+        (dict(anchors="all"), "anchors='all' with rollout='completion'"),
+        (dict(random_anchor_offset=True), "random_anchor_offset=True is for rollout: blocks"),
+        (dict(reuse_sampling_forward=True), "reuse_sampling_forward=True is for rollout: blocks"),
+        (dict(max_completion_length=0), "max_completion_length=0 must be at least 1"),
+        (dict(stop_token_ids=[]), r"stop_token_ids=\[\]: give token ids"),
+        (dict(rollout="blockz"), "rollout='blockz' is unknown: use one of blocks, completion"),
+    ],
+)
+def test_settings_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **(SETTINGS | settings))
+
+
+def test_data_refused(tmp_path):
+    with pytest.raises(ValueError, match="rollout='completion' needs prompts"):
+        trainer(small_model(), documents([20, 30]), tmp_path, settings=SETTINGS)
+    with pytest.raises(ValueError, match=r"none of the 6 documents .* ends in one of \['<\|endoftext\|>'\]"):
+        trainer(small_model(), rows(ends=False), tmp_path, settings=SETTINGS | dict(stop_token_ids=[END_OF_TEXT]))
+
+
+def test_models_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_length=250 and max_completion_length=11 behind it exceed the model's"):
+        trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(max_length=250))
+    with pytest.raises(ValueError, match="model type 'mamba' is not supported: .* rollout: completion"):
+        trainer(small_model("mamba"), rows(), tmp_path)
+    with pytest.raises(ValueError, match="packing=True: model type 'mamba' cannot keep the documents"):
+        trainer(small_model("mamba"), rows(), tmp_path, settings=SETTINGS | dict(packing=True))
+
+
+def test_stop_tokens_are_the_models_and_the_tokenizers(tmp_path):
+    model = small_model()
+    model.generation_config.eos_token_id = [7, 9]
+    ours = trainer(model, rows(), tmp_path, settings={k: v for k, v in SETTINGS.items() if k != "stop_token_ids"})
+    assert ours.args.stop_token_ids == sorted([END_OF_TEXT, 7, 9])
+
+
+def test_command_line(tmp_path):
+    """Prompt and completion as text, an evaluation, the plan, and a length without what it is for."""
+    small_model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    data = tmp_path / "qa.jsonl"
+    lines = [{"prompt": f"what is {i}? ", "completion": f"it is {i}."} for i in range(9)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data), "--max_length", "64"]
+    words += ["--output_dir", str(tmp_path / "run"), "--use_cpu", "--max_steps", "2", "--eval_split_size", "3"]
+    words += ["--max_completion_length", "12", "--save_strategy", "no"]
+    with pytest.raises(ValueError, match="max_completion_length: got 12, which does nothing without"):
+        run_train(words)
+    words += ["--rollout", "completion"]
+    run_train(words)
+    metrics = read_metrics(tmp_path / "run")
+    assert all("completions/mean_length" in step for step in metrics if "loss" in step)
+    evaluation = next(step for step in metrics if "eval_loss" in step)
+    assert 1 <= evaluation["eval_completions/mean_length"] <= 12
+    plan = make_plan(parse([*words, "--output_dir", str(tmp_path / "other")], "plan"))
+    assert plan["settings"]["rollout"] == "completion" and plan["update"]["generated tokens"] > 0

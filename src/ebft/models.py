@@ -60,6 +60,11 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         raise ValueError(
             f"peft_config={type(peft_config).__name__}: prompt learning adds tokens to every row; use LoRA."
         )
+    if args.packing and args.document_masking and not packs(lm):
+        raise ValueError(
+            f"packing=True: model type '{lm.config.model_type}' cannot keep the documents of a row apart; set "
+            "packing: false (or document_masking: false, and they see each other)."
+        )
     install(lm)  # before accelerate wraps the forward: autocast has to be around ours
     if packs(lm) and lm.config.model_type not in TESTED and lm.device.type != "meta":
         verify_blocks(lm)
@@ -181,7 +186,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def complete_stop_token_ids(args, model: str | nn.Module, processing_class) -> None:
-    """Set `args.stop_token_ids`, if that is left open, to the EOS of the model (its generation config) and tokenizer."""
+    """Set `args.stop_token_ids`, if left open, to the EOS of the model (its generation config) and its tokenizer."""
     if args.rollout == "blocks" or args.stop_token_ids is not None:
         return
     config: Any = None

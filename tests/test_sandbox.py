@@ -2,6 +2,7 @@
 
 import collections
 import math
+import shutil
 import subprocess
 import sys
 
@@ -214,6 +215,16 @@ def test_interpreters_exist():
 def test_weak_layer_only_when_asked_for():
     with pytest.raises(RuntimeError, match="allow_weak=True"):
         Sandbox(only="weak")
+
+
+def test_next_layer_where_bubblewrap_is_not_installed(monkeypatch):
+    """Also where a PATH of our own would find it: the next layer, or a reason that says what is missing."""
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **options: None if "bwrap" in name else real(name, **options))
+    with pytest.raises(RuntimeError, match="bubblewrap: bwrap is not installed"):
+        Sandbox(QUICK, only="bubblewrap")
+    if works("namespaces"):
+        assert Sandbox(QUICK).layer == sandbox("namespaces").layer
 
 
 def test_refuses_where_only_resource_limits_are_left():

@@ -143,7 +143,9 @@ def attempt(layer: Layer, limits: Limits, program: Program, mode: str, interpret
     Returns:
         The keeper's letter and line, or "R" (refused) and why there is none.
     """
-    nonce = secrets.token_hex(16)
+    nonce, tool = secrets.token_hex(16), layer.command(limits, 0, 0)[0]
+    if shutil.which(tool) is None:
+        return "R", f"{tool} is not installed"
     inside = INSIDE if layer.pid_namespace else str(HARNESS)
     heap = f"--max-old-space-size={limits.memory_mib}"
     uid = layer.uid()

@@ -112,6 +112,12 @@ class EBFTConfig(TrainingArguments):
         "samples is reused, or `sample` overridden.",
     )
 
+    use_vllm: bool = _setting(False, "Let vLLM sample the completions of rollout: completion.")
+    vllm_mode: str = _setting("colocate", "vLLM in this process, or a server that is running.", ("colocate", "server"))
+    vllm_server_base_url: str | None = _setting(None, "The server's URL. Default: http://0.0.0.0:8000.")
+    vllm_gpu_memory_utilization: float = _setting(0.3, "Share of the GPU's memory that a colocated vLLM takes.")
+    vllm_enable_sleep_mode: bool = _setting(False, "Let a colocated vLLM give back its memory during the update.")
+
     # --- data ---
     packing: bool = _setting(False, "Pack whole documents into rows of max_length.")
     document_masking: bool = _setting(
@@ -263,6 +269,7 @@ class EBFTConfig(TrainingArguments):
             )
         if self.rollout == "completion":
             self._check_completions()
+        self._check_vllm()
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
         n = self.num_generations
@@ -298,6 +305,15 @@ class EBFTConfig(TrainingArguments):
         for name in ("random_anchor_offset", "reuse_sampling_forward"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is for rollout: blocks: leave it unset.")
+
+    def _check_vllm(self) -> None:
+        if not self.use_vllm:
+            return
+        if self.rollout != "completion":
+            raise ValueError("use_vllm=True: vLLM cannot sample blocks: set rollout: completion, or leave it off.")
+        if not 0 < self.vllm_gpu_memory_utilization < 1:
+            raise ValueError(f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization} must be in (0, 1).")
+        require("vllm", "vllm", "use_vllm=True")
 
     def _check_liger(self) -> None:
         if not self.use_liger_kernel:

@@ -85,18 +85,41 @@ class FeatureNetwork:
         ids = torch.cat([input_ids, tokens.flatten(1)], dim=1)
         taps = self._hidden_states(ids, plan, layout.position_ids(N).expand(B, -1))
 
-        anchors, valid, _ = (x.to(device) for x in layout.expand(B))
-        steps = slice(G - 1, G) if self.pooling == "last_token" else slice(0, G)  # only what is pooled is gathered
-        at_reference = (anchors[..., None] + torch.arange(G, device=device)[steps]).clamp(max=layout.length - 1)
-        rows = torch.arange(B, device=device)[:, None, None]
-        reference = self._token_features([h[:, : layout.length][rows, at_reference] for h in taps])
+        reference, valid = self._at_references(taps, layout)
+        steps = self._pooled_steps(G)
         generated = self._token_features([h[:, layout.length :].unflatten(1, (K, N, G))[:, :, :, steps] for h in taps])
-
-        generated = _share_equal_rollouts(generated, tokens, steps)
-        generated, reference = self._pool(generated), self._pool(reference)
+        generated = self._pool(_share_equal_rollouts(generated, tokens, steps))
         if self.pooling == "token":
             generated = generated.transpose(2, 3)  # the group next to the features
-        return _where_valid(generated, valid), _where_valid(reference, valid)
+        return _where_valid(generated, valid), reference
+
+    @torch.no_grad()
+    def references(self, input_ids: Tensor, layout: BlockLayout) -> Tensor:
+        """Features of the reference blocks alone, [B, K, D] or [B, K, G, D] as above: one forward of the documents."""
+        B = len(input_ids)
+        plan = BlockPlan(layout, B, 0, range(0), device=input_ids.device)
+        taps = self._hidden_states(input_ids, plan, layout.position_ids(0).expand(B, -1))
+        return self._at_references(taps, layout)[0]
+
+    def size(self, completion_length: int) -> int:
+        """D, of blocks of so many tokens."""
+        size = self.decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+        size *= len(self.layer_indices) if self.reduction == "concat" else 1
+        return size * completion_length if self.pooling == "concat" else size
+
+    def _at_references(self, taps: list[Tensor], layout: BlockLayout) -> tuple[Tensor, Tensor]:
+        """Features of the reference blocks, zeros where not valid, and which are valid."""
+        B, device = len(taps[0]), taps[0].device
+        anchors, valid, _ = (x.to(device) for x in layout.expand(B))
+        within = torch.arange(layout.completion_length, device=device)[self._pooled_steps(layout.completion_length)]
+        at = (anchors[..., None] + within).clamp(max=layout.length - 1)
+        rows = torch.arange(B, device=device)[:, None, None]
+        features = self._pool(self._token_features([h[:, : layout.length][rows, at] for h in taps]))
+        return _where_valid(features, valid), valid
+
+    def _pooled_steps(self, completion_length: int) -> slice:
+        """The tokens of a block that are pooled: only these are gathered."""
+        return slice(completion_length - 1 if self.pooling == "last_token" else 0, completion_length)
 
     def _hidden_states(self, ids: Tensor, plan: BlockPlan, position_ids: Tensor) -> list[Tensor]:
         with ExitStack() as stack:

@@ -31,8 +31,9 @@ from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, d
 from .metrics import EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
 from .prepare import prepare_datasets
-from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
+from .rewards import Gram, Rewards
 from .rollout import Rollouts, sample_and_sum, sample_rollouts
+from .scoring import fixed_kernel
 from .support import check_same_vocabulary, check_tokenizer
 
 
@@ -112,7 +113,8 @@ class EBFTTrainer(RecordedTrainer):
         policy = models.load_policy(model, args, peft_config, quantization_config)
         if args.learning_rate is None:
             args.learning_rate = models.default_learning_rate(policy)
-        needs_features = args.rl_coef > 0 or eval_dataset is not None
+        scores = args.rl_coef > 0 or eval_dataset is not None
+        needs_features = scores and args.kernel != "ngram"
         self.feature_network = (
             models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
         )
@@ -138,17 +140,10 @@ class EBFTTrainer(RecordedTrainer):
             optimizers=optimizers,
         )
         loss_is_whole_steps(self)
-        self._check_precision()
         self.can_return_loss = True
         self._place_frozen_networks()
-
-    def _check_precision(self) -> None:
-        ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
-        if ours != launched:
-            raise ValueError(
-                f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
-                "(ACCELERATE_MIXED_PRECISION): make them agree."
-            )
+        if scores:
+            self._fix_kernel()
 
     def _place_frozen_networks(self) -> None:
         network = self.feature_network
@@ -160,6 +155,11 @@ class EBFTTrainer(RecordedTrainer):
         if network.model is not self.model:
             network.model.to(self.args.device)
         self.record_feature_network(models.describe_feature_network(network))
+
+    def _fix_kernel(self) -> None:
+        dataset: Any = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        self.use_kernel(fixed_kernel(self.args, self.feature_network, dataset, self.data_collator, self.anchors))
 
     # --- one step ---
 
@@ -272,13 +272,9 @@ class EBFTTrainer(RecordedTrainer):
         return noise.sampling_uniforms(inputs["layout"], documents, self.args.num_generations, **sizes)
 
     def compute_rewards(self, inputs: dict[str, Any], rollouts: Rollouts) -> tuple[Gram, Rewards]:
-        """Features of rollouts and references, their inner products, and the rewards: [B, K, N] or [B, K, G, N]."""
-        args = self.args
-        assert self.feature_network is not None, "loaded whenever rollouts are sampled"
-        generated, reference = self.feature_network(inputs["input_ids"], rollouts.tokens, inputs["layout"])
-        gram = gram_matrices(generated, reference)
-        rewards = rewards_from_gram(gram, **args.rewarding)
-        return gram, rewards
+        """Kernel values of rollouts and references, and the rewards: [B, K, N] or [B, K, G, N]."""
+        assert self.scorer is not None, "made whenever rollouts are sampled"
+        return self.scorer(inputs["input_ids"], rollouts.tokens, inputs["layout"])
 
     def compute_advantages(self, experience: Experience) -> Tensor:
         """Advantages [B, K, N] (every token of a rollout the same) or [B, K, N, G]; the KL's k1 estimate included."""
@@ -374,7 +370,7 @@ class EBFTTrainer(RecordedTrainer):
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))
             sums = cross_entropy_sums(document, inputs)
             experience = None
-            if layout.num_blocks and self.feature_network is not None:
+            if layout.num_blocks and self.scorer is not None:
                 experience = self._experience(inputs, self.sample(inputs, purpose=noise.EVALUATION))
                 sums |= experience_sums(experience, layout)
         statistics = evaluation_statistics(sums, EVALUATION_SUMS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import oracles
 from ebft import advantages, losses
-from ebft.rewards import Rewards, feature_matching_rewards
+from ebft.rewards import Gram, Rewards, feature_matching_rewards, rewards_from_gram
 
 VOCAB, G = 4, 2
 COMPLETIONS = oracles.completions(VOCAB, G)  # [16, G]
@@ -68,6 +68,34 @@ def mean_estimate(
             phi[groups][None], ref.expand(1, len(groups), -1), whitening="none", **coefs
         )
         values = advantages.estimate(estimator, rewards, **coefs)
+        return losses.policy_loss(log_probs_BKNG, values, weights, denominator)[0]
+
+    return mean_over_groups(log_probs, params, n, loss_of)
+
+
+def exact_kernel_gradient(
+    log_probs: Tensor, values: Gram, params: Sequence[Tensor], alignment_coef=1.0, diversity_coef=1.0
+) -> Tensor:
+    """(1/G) grad of the squared MMD; values are k between all completions [16, 16], with the reference [16], of it."""
+    probs = log_probs.sum(-1).exp()
+    return flat_gradient(oracles.mmd_loss(probs, *values, alignment_coef, diversity_coef), params) / G
+
+
+def mean_kernel_estimate(
+    log_probs: Tensor,
+    gram_of: Callable[[Tensor], Gram],
+    params: Sequence[Tensor],
+    n: int,
+    estimator: str,
+    alignment_coef: float = 1.0,
+    diversity_coef: float = 1.0,
+) -> Tensor:
+    """As `mean_estimate`, of any kernel: gram_of(groups [M, n]) are the kernel values of these groups."""
+    coefs: dict[str, Any] = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef}
+
+    def loss_of(groups, log_probs_BKNG, weights, denominator):
+        rewards = rewards_from_gram(gram_of(groups), whitening="none", **coefs)
+        values = advantages.estimate(estimator, rewards, **coefs)[None]
         return losses.policy_loss(log_probs_BKNG, values, weights, denominator)[0]
 
     return mean_over_groups(log_probs, params, n, loss_of)

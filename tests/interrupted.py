@@ -32,6 +32,9 @@ SETTINGS = dict(
 )
 KINDS = {
     "full": dict(max_blocks=2, random_anchor_offset=True, beta=0.1),
+    "kernel": dict(kernel="characteristic", kernel_frequencies=16, eval_steps=3),
+    "rbf": dict(kernel="rbf", eval_strategy="no"),
+    "ngram": dict(kernel="ngram", eval_strategy="no"),
     "lora": dict(packing=True, per_device_train_batch_size=1, logging_steps=2, rollout_save_steps=3),
 }
 MOMENTS = ("on_substep_end", "on_pre_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save")

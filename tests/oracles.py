@@ -1,6 +1,9 @@
 """Slow, obvious versions of what the library computes fast; every fast path is compared with one of these."""
 
 import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -64,6 +67,51 @@ def u_statistic(X: np.ndarray, y: np.ndarray) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Kernels: two vectors (or two rows of token ids) at a time, in plain Python.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def kernel_value(x, y, name: str, bandwidths=(), frequencies=None, sizes=()) -> float:
+    """k(x, y) of features x, y [D], or of token ids [G] for ngram; frequencies [D, M]."""
+    x, y = (v.tolist() for v in (x, y))
+    if name == "ngram":
+        total = 0.0
+        for m in sizes:
+            counts = [Counter(tuple(v[i : i + m]) for i in range(len(v) - m + 1)) for v in (x, y)]
+            total += sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / (len(x) - m + 1)
+        return total / len(sizes)
+    if name == "linear":
+        return sum(a * b for a, b in zip(x, y, strict=True))
+    difference = [a - b for a, b in zip(x, y, strict=True)]
+    if name == "characteristic":
+        angles = [sum(w * d for w, d in zip(ws, difference, strict=True)) for ws in zip(*frequencies, strict=True)]
+        return sum(map(math.cos, angles)) / len(angles)
+    distance = math.sqrt(sum(d * d for d in difference))
+    if name == "energy":
+        return -distance
+    return sum(math.exp(-(distance**2) / (2 * s**2)) for s in bandwidths) / len(bandwidths)
+
+
+def kernel_matrix(X, kernel: Callable) -> np.ndarray:
+    """K between all of X, [n, n]."""
+    return np.array([[kernel(a, b) for b in X] for a in X])
+
+
+def kernel_rewards(X, y, kernel: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Alignment [n] and diversity [n] of one context, factor 2 included."""
+    n = len(X)
+    aligned = [2 * kernel(x, y) for x in X]
+    diverse = [2 / max(n - 1, 1) * sum(kernel(X[j], X[i]) for i in range(n) if i != j) for j in range(n)]
+    return np.array(aligned), np.array(diverse)
+
+
+def mmd_u_statistic(X, y, kernel: Callable) -> float:
+    """Unbiased squared MMD to the point mass at y: mean over pairs of k(a, b) - k(a, y) - k(b, y) + k(y, y)."""
+    pairs = itertools.permutations(X, 2)
+    return float(np.mean([kernel(a, b) - kernel(a, y) - kernel(b, y) + kernel(y, y) for a, b in pairs]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Exact gradients: completions and groups enumerated.
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -85,6 +133,11 @@ def quadratic_loss(probs: Tensor, phi: Tensor, ref: Tensor, alignment_coef: floa
     """
     mean = probs @ phi
     return diversity_coef * mean @ mean - 2 * alignment_coef * mean @ ref + ref @ ref
+
+
+def mmd_loss(probs: Tensor, K: Tensor, g: Tensor, q: Tensor, alignment_coef: float = 1.0, diversity_coef: float = 1.0):
+    """As `quadratic_loss`, of kernel values: K [C, C] of the completions, g [C] with the reference, q of it alone."""
+    return diversity_coef * probs @ K @ probs - 2 * alignment_coef * probs @ g + q
 
 
 # --------------------------------------------------------------------------------------------------------------------

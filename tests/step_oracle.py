@@ -5,6 +5,8 @@ given: they are those the trainer drew.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +30,22 @@ def reference(document: dict, anchor: int, args) -> Tensor:
     return torch.tensor(rest)
 
 
-def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -> dict[str, Tensor]:
+def kernel_of(record: dict) -> Callable | None:
+    """k(x, y) of a run's kernel record; None for the inner product."""
+    if record["name"] == "linear":
+        return None
+    options = {"bandwidths": [scale * record["bandwidth"] for scale in record.get("scales", ())]}
+    if record["name"] == "characteristic":
+        drawn = np.random.Generator(np.random.PCG64([record["seed"], 5]))
+        normals = drawn.standard_normal((record["frequencies"], record["features"]))
+        scales = [options["bandwidths"][m % len(record["scales"])] for m in range(record["frequencies"])]
+        options["frequencies"] = normals.T / scales
+    return partial(oracles.kernel_value, name=record["name"], sizes=record.get("sizes", ()), **options)
+
+
+def step_loss(
+    policy, initial, phi, documents: list[dict], groups: dict, args, kernel: Callable | None = None
+) -> dict[str, Tensor]:
     """Loss of a whole step with its graph, and the metrics.
 
     Args:
@@ -38,6 +55,7 @@ def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -
         documents: `input_ids` and `loss_mask` of each document; its place is its id.
         groups: `(document, anchor) -> rows of rollouts/step_*.parquet`.
         args: The run's config.
+        kernel: From `kernel_of`.
     """
     tokens: list[list[Tensor]] = []
     blocks: list[list[dict]] = []
@@ -50,7 +68,7 @@ def step_loss(policy, initial, phi, documents: list[dict], groups: dict, args) -
         rollouts = [[torch.tensor(row["token_ids"]) for row in groups[index, anchor]] for anchor in mine]
         references = [reference(document, anchor, args) for anchor in mine]
         each = zip(mine, references, rollouts, strict=True)
-        blocks.append([_block(policy, initial, phi, ids[:a], y, t, args) for a, y, t in each])
+        blocks.append([_block(policy, initial, phi, ids[:a], y, t, args, kernel) for a, y, t in each])
 
     def of_blocks(name, mode="token"):
         return _mean([[block[name] for block in document] for document in blocks], mode)
@@ -112,16 +130,18 @@ def _mean(per_document: list[list[Tensor]], mode: str) -> Tensor:
     return torch.stack([torch.stack(values).mean() for values in per_document]).mean()
 
 
-def _block(policy, initial, phi, prefix: Tensor, reference: Tensor, rollouts: list[Tensor], args) -> dict[str, Tensor]:
+def _block(
+    policy, initial, phi, prefix: Tensor, reference: Tensor, rollouts: list[Tensor], args, kernel: Callable | None
+) -> dict[str, Tensor]:
     """Loss and metrics of one block with its n rollouts, each [G] or, of completions, as long as it is."""
     n, G = len(rollouts), args.rollout_length
     log_probs = [_log_probs(policy, prefix, r, args.temperature) for r in rollouts]
     with torch.no_grad():
         X = np.stack([_features(phi, prefix, r, args) for r in rollouts], axis=1)  # [G or 1, n, D]
         y = _features(phi, prefix, reference, args)  # [G or 1, D]
-    rewards = [oracles.rewards(a, b, args.whitening, args.alignment) for a, b in zip(X, y, strict=True)]
+    rewards = [_rewards(a, b, args, kernel) for a, b in zip(X, y, strict=True)]
     aligned, diverse = np.stack(rewards, axis=1)  # [G or 1, n] each
-    per_feature = np.stack([_leave_one_out(a, b, args) for a, b in zip(X, y, strict=True)])  # [G or 1, n]
+    per_feature = np.stack([_leave_one_out(a, b, args, kernel) for a, b in zip(X, y, strict=True)])  # [G or 1, n]
     # A token's advantage counts the features from its own on; with one feature per block that is the block's.
     advantages = [per_feature[min(t, len(X) - 1) :].sum(0) for t in range(max(map(len, rollouts)))]
     advantage = torch.from_numpy(np.stack(advantages, axis=1))  # [n, tokens]
@@ -138,7 +158,8 @@ def _block(policy, initial, phi, prefix: Tensor, reference: Tensor, rollouts: li
             others = torch.stack([k1[torch.arange(n) != j].mean() for j in range(n)])
             advantage = advantage - args.beta * (k1 - others)[:, None]
     total = args.alignment_coef * aligned - args.diversity_coef * diverse
-    loss = np.mean([oracles.u_statistic(a, b) for a, b in zip(X, y, strict=True)])
+    u_statistic = oracles.u_statistic if kernel is None else partial(oracles.mmd_u_statistic, kernel=kernel)
+    loss = np.mean([u_statistic(a, b) for a, b in zip(X, y, strict=True)])
     numbers = {"reward": total, "rewards/alignment/mean": aligned, "rewards/diversity/mean": diverse}
     out |= {name: torch.tensor(value.mean()) for name, value in numbers.items()}
     out |= {"feature_matching_loss": torch.tensor(loss), "advantages": advantage}
@@ -157,7 +178,9 @@ def _logits(model, ids: Tensor) -> Tensor:
 
 
 def _features(phi, prefix: Tensor, block: Tensor, args) -> np.ndarray:
-    """Features of one block as [1, D], or [G, D] per token."""
+    """Features of one block as [1, D], or [G, D] per token; its token ids [1, G] where these are matched."""
+    if args.kernel == "ngram":
+        return block[None].numpy()
     hidden = phi.base_model(torch.cat([prefix, block])[None], output_hidden_states=True).hidden_states
     depth = phi.config.num_hidden_layers
     taps = [hidden[max(1, math.floor(fraction * depth))][0, len(prefix) :] for fraction in (0.25, 0.5, 0.75)]
@@ -167,7 +190,13 @@ def _features(phi, prefix: Tensor, block: Tensor, args) -> np.ndarray:
     return pooled.get(args.pooling, features).numpy()
 
 
-def _leave_one_out(X: np.ndarray, y: np.ndarray, args) -> np.ndarray:
+def _rewards(X: np.ndarray, y: np.ndarray, args, kernel) -> tuple[np.ndarray, np.ndarray]:
+    if kernel is not None:
+        return oracles.kernel_rewards(X, y, kernel)
+    return oracles.rewards(X, y, args.whitening, args.alignment)
+
+
+def _leave_one_out(X: np.ndarray, y: np.ndarray, args, kernel) -> np.ndarray:
     """Reward minus the mean reward of the others, computed again as if sample j had never been drawn (eq 94).
 
     Whitening is that of the whole group; the dots and cosines behind it are recomputed.
@@ -177,6 +206,8 @@ def _leave_one_out(X: np.ndarray, y: np.ndarray, args) -> np.ndarray:
 
     def rewards(samples):
         aligned, diverse = oracles.rewards(samples, y, "none", alignment)
+        if kernel is not None:
+            aligned, diverse = oracles.kernel_rewards(samples, y, kernel)
         return args.alignment_coef * aligned - args.diversity_coef * diverse
 
     return np.array([rewards(X)[j] - rewards(np.delete(X, j, axis=0)).mean() for j in range(len(X))])

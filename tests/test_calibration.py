@@ -54,6 +54,10 @@ def planned(tmp_path, monkeypatch, capsys):
         (("--beta", "0.1", "--kl_estimator", "k3"), ["sampling", "features", "reference", "update"]),
         (ADAPTER, ["sampling", "features", "update"]),
         (("--feature_layers", "1", "--max_blocks", "2"), ["sampling", "features", "update"]),
+        (("--kernel", "characteristic", "--pooling", "concat"), ["sampling", "features", "update"]),
+        (("--kernel", "ngram", "--beta", "0.1"), ["sampling", "reference", "update"]),
+        (("--kernel", "ngram", "--reuse_sampling_forward", "false"), ["sampling", "update"]),
+        (("--kernel", "characteristic", "--rl_coef", "0"), ["update"]),
     ],
 )
 def test_every_stage_of_the_run_is_timed(planned, words, stages):

@@ -72,6 +72,35 @@ def test_train_with_a_model_and_a_file_then_resume(checkpoint, workplace, capsys
     assert state["global_step"] == 3
 
 
+KERNELS = {
+    "rbf": ["--kernel_scales", "0.5", "2"],
+    "energy": ["--pooling", "mean_pooling"],
+    "characteristic": ["--kernel_frequencies", "8", "--kernel_bandwidth", "0.5"],
+    "ngram": ["--ngram_sizes", "1", "4", "--use_peft"],
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_train_with_another_kernel_then_resume(checkpoint, workplace, capsys, kernel):
+    words = ["--kernel", kernel, *KERNELS[kernel], "--eval_split_size", "4"]
+    train = ["train", "--config", "tiny.yaml", "--model_name_or_path", str(checkpoint), *words]
+    assert main(train) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert f"Kernel: name {kernel}" in shown and ("Feature network:" in shown) == (kernel != "ngram")
+    output = Path("runs/tiny-my")
+    resolved = yaml.safe_load((output / "resolved_config.yaml").read_text())
+    assert resolved["kernel"] == kernel and resolved["whitening"] == "none"
+    card = (output / "README.md").read_text()
+    assert f"- Kernel: name {kernel}" in card
+    assert ("- Feature network: none (n-grams of token ids)" in card) == (kernel == "ngram")
+    *_, evaluated = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    assert "eval_feature_matching_loss" in evaluated and "eval_rewards/alignment/mean" in evaluated
+    assert main([*train, "--resume_from_checkpoint", "last", "--max_steps", "3"]) == 0, capsys.readouterr().err
+    again = ["train", "--config", str(output / "resolved_config.yaml"), "--output_dir", "again"]
+    assert main(again) == 0, capsys.readouterr().err
+    assert yaml.safe_load(Path("again/resolved_config.yaml").read_text())["kernel"] == kernel
+
+
 def test_lora_and_evaluation_on_held_out_documents(checkpoint, workplace, capsys):
     words = ["--use_peft", "--eval_strategy", "steps", "--eval_steps", "1", "--eval_split_size", "2"]
     status = main(["train", "--config", "tiny.yaml", "--model_name_or_path", str(checkpoint), *words])
@@ -182,6 +211,7 @@ def test_interrupt_says_how_to_continue(checkpoint, workplace, processes):
         (["--model_name_or_path", "./nowhere"], "nowhere"),
         (["--use_peft", "--lora_target_modules", "nonsense"], "nonsense"),
         (["--num_generations", "1"], "num_generations"),
+        (["--kernel", "rbf", "--whitening", "paper"], "whitening='paper' is of inner products"),
     ],
 )
 def test_unusable_input_is_one_error_and_no_traceback(checkpoint, workplace, capfd, words, message):

@@ -71,10 +71,10 @@ def test_completions_of_documents():
 def test_references_end():
     layout = layout_of(["abcABE", "aAE"])
     ids = torch.arange(12).view(2, 6)
-    assert layout.references(ids).tolist() == [[[3, 4, 5, -100]], [[7, 8, -100, -100]]]
+    assert layout.references(ids).tolist() == [[[3, 4, 5]], [[7, 8, -100]]]
     chosen: Any = layout.select(torch.tensor([[True], [False]]))
     assert chosen.reference_lengths.tolist() == [[3], [1]]
-    assert chosen.references(ids).tolist() == [[[3, 4, 5, -100]], [[-100] * 4]]
+    assert chosen.references(ids).tolist() == [[[3, 4, 5]], [[-100] * 3]]
 
 
 # --- sampling ---

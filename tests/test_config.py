@@ -7,6 +7,7 @@ from accelerate.parallelism_config import TorchContextParallelConfig
 from trl import TrlParser
 
 from ebft import EBFTConfig
+from ebft.kernels import KERNELS
 
 
 def make(**settings) -> EBFTConfig:
@@ -32,6 +33,11 @@ DEFAULTS = dict(
     feature_reduction="concat",
     feature_norm="joint",
     pooling="last_token",
+    kernel="linear",
+    kernel_scales=[1.0],
+    kernel_bandwidth=None,
+    kernel_frequencies=512,
+    ngram_sizes=[1, 2, 3],
     whitening="paper",
     alignment=None,
     alignment_coef=1.0,
@@ -90,6 +96,53 @@ REFUSED = {
         dict(alignment="dot"),
         "alignment='dot' contradicts whitening='paper'.*leave alignment unset or set whitening: none",
     ),
+    "whitening of a kernel": (
+        dict(kernel="rbf", whitening="paper"),
+        "whitening='paper' is of inner products .* kernel='rbf' has none: leave whitening unset",
+    ),
+    "released whitening of n-grams": (dict(kernel="ngram", whitening="released"), "whitening='released' is of inner"),
+    "cosine of a kernel": (
+        dict(kernel="energy", alignment="cosine"),
+        "alignment='cosine' is of inner .*leave alignment",
+    ),
+    "n-grams per token": (dict(kernel="ngram", pooling="token"), "pooling='token' .* kernel='ngram' has no features"),
+    "scales of another kernel": (
+        dict(kernel="energy", kernel_scales=[1.0, 2.0]),
+        r"kernel_scales=\[1.0, 2.0\] does nothing with kernel='energy': remove it, or set kernel: rbf or charact",
+    ),
+    "bandwidth of linear": (dict(kernel_bandwidth=1.0), "kernel_bandwidth=1.0 does nothing with kernel='linear'"),
+    "frequencies of rbf": (
+        dict(kernel="rbf", kernel_frequencies=64),
+        "kernel_frequencies=64 does nothing with kernel='rbf'.* set kernel: characteristic",
+    ),
+    "sizes of rbf": (dict(kernel="rbf", ngram_sizes=[1]), r"ngram_sizes=\[1\] does nothing .* set kernel: ngram"),
+    "kernel_scales": (dict(kernel="rbf", kernel_scales=[1.0, 0.0]), r"kernel_scales=\[1.0, 0.0\] must be above 0"),
+    "kernel_scales nan": (dict(kernel="rbf", kernel_scales=[float("nan")]), r"kernel_scales=\[nan\] must be above 0"),
+    "kernel_scales twice": (dict(kernel="rbf", kernel_scales=[2.0, 2.0]), "kernel_scales=.*: one is there twice"),
+    "kernel_scales empty": (dict(kernel="rbf", kernel_scales=[]), r"kernel_scales=\[\] must be a list of floats"),
+    "kernel_scales text": (dict(kernel="rbf", kernel_scales=["1"]), r"kernel_scales=\['1'\] must be a list of floats"),
+    "kernel_bandwidth": (
+        dict(kernel="rbf", kernel_bandwidth=-1.0),
+        "kernel_bandwidth=-1.0 must be above 0 and finite",
+    ),
+    "kernel_bandwidth text": (dict(kernel="rbf", kernel_bandwidth="1"), "kernel_bandwidth='1' must be of type float"),
+    "kernel_frequencies": (
+        dict(kernel="characteristic", kernel_frequencies=0),
+        "kernel_frequencies=0 must be at least 1",
+    ),
+    "kernel_frequencies and scales": (
+        dict(kernel="characteristic", kernel_frequencies=1, kernel_scales=[1.0, 2.0]),
+        r"kernel_frequencies=1 must be at least 1, and one for each of kernel_scales=\[1.0, 2.0\]",
+    ),
+    "ngram_sizes": (
+        dict(kernel="ngram", ngram_sizes=[0, 1]),
+        r"ngram_sizes=\[0, 1\] must be from 1 to completion_length=8",
+    ),
+    "ngram_sizes too long": (
+        dict(kernel="ngram", completion_length=2),
+        r"ngram_sizes=\[1, 2, 3\] must be from 1 to completion_length=2: remove what is outside, or raise",
+    ),
+    "ngram_sizes fraction": (dict(kernel="ngram", ngram_sizes=[1.5]), r"ngram_sizes=\[1.5\] must be a list of ints"),
     "fp16": (dict(fp16=True), "fp16=True: .* use bf16: true"),
     "auto_find_batch_size": (
         dict(auto_find_batch_size=True),
@@ -138,6 +191,7 @@ REFUSED = {
     "feature_layers": (dict(feature_layers=["half"]), "feature_layers: 'half' is not a number; use fractions"),
 }
 CHOICES = {
+    "kernel": "linear, rbf, energy, characteristic, ngram",
     "anchors": "completion, all",
     "pooling": "last_token, mean_pooling, concat, token",
     "feature_norm": "joint, per_layer, none",
@@ -169,6 +223,10 @@ def test_choices(name):
         make(**{name: "other"})
     for value in CHOICES[name].split(", "):
         make(**({"whitening": "none"} | {name: value}))
+    if name != "kernel":
+        return
+    for value in KERNELS:
+        assert make(kernel=value).whitening == ("paper" if value == "linear" else "none")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +237,10 @@ def test_choices(name):
         dict(max_length=16),
         dict(ce_coef=0.0),
         dict(alignment="cosine"),
+        dict(kernel="rbf", kernel_scales=[0.5, 1, 2], kernel_bandwidth=2, alignment="dot", pooling="token"),
+        dict(kernel="characteristic", kernel_frequencies=1, feature_norm="none"),
+        dict(kernel="ngram", ngram_sizes=[8], feature_layers=[0.5], feature_model_name_or_path="not read"),
+        dict(completion_length=2),
     ],
 )
 def test_accepted(settings):

@@ -2,21 +2,26 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from ebft import advantages, losses
-from ebft.rewards import feature_matching_rewards
+from ebft.kernels import Kernel, kernel_gram, ngram_gram
+from ebft.rewards import Gram, feature_matching_rewards
 from enumeration import (
     COMPLETIONS,
     TOLERANCE,
     VOCAB,
     G,
     exact_gradient,
+    exact_kernel_gradient,
     exact_per_token,
     flat_gradient,
     mean_estimate,
+    mean_kernel_estimate,
     mean_over_groups,
     mean_per_token,
 )
@@ -123,6 +128,42 @@ def test_sampled_groups_agree_with_the_mean(table, estimator):
     else:  # the test has the power to see plain RLOO's bias
         assert (difference.abs() > 4.5 * standard_errors).any()
         assert chi_square > 1000
+
+
+# Other kernels than the inner product ------------------------------------------------------------------------------
+
+FREQUENCIES = torch.randn(D, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+KERNELS = {
+    "linear": Kernel("linear"),
+    "rbf": Kernel("rbf", bandwidths=(1.5,)),
+    "sum of scales": Kernel("rbf", bandwidths=(0.5, 3.0)),
+    "energy": Kernel("energy"),
+    "characteristic": Kernel("characteristic", frequencies=FREQUENCIES),
+    "ngram": Kernel("ngram", sizes=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("coefs", COEFS)
+@pytest.mark.parametrize("estimator", ["leave_one_out", "none"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_unbiased_with_kernel(table, name, estimator, coefs, n):
+    """The gradient of the squared MMD to the point mass at the reference, kernel values from plain loops."""
+    kernel, reference = KERNELS[name], COMPLETIONS[6]
+    options = dict(bandwidths=kernel.bandwidths, frequencies=kernel.frequencies, sizes=kernel.sizes)
+    points = [*COMPLETIONS, reference] if name == "ngram" else [*table.phi, table.ref]
+    matrix = oracles.kernel_matrix(points, lambda x, y: oracles.kernel_value(x, y, kernel.name, **options))
+    values = Gram(*map(torch.from_numpy, (matrix[:-1, :-1], matrix[:-1, -1], np.array(matrix[-1, -1]))))
+    exact = exact_kernel_gradient(table.log_probs, values, table.params, *coefs)
+    assert exact.norm() > 1e-3
+
+    def gram_of(groups: Tensor) -> Gram:
+        if name == "ngram":
+            return ngram_gram(COMPLETIONS[groups], reference.expand(len(groups), -1), kernel.sizes)
+        return kernel_gram(table.phi[groups], table.ref.expand(len(groups), -1), kernel)
+
+    mean = mean_kernel_estimate(table.log_probs, gram_of, table.params, n, estimator, *coefs)
+    torch.testing.assert_close(mean, exact, **TOLERANCE)
 
 
 # KL to the initial policy -----------------------------------------------------------------------------------------

@@ -6,21 +6,29 @@ The library's side is `sample_blocks`, `block_log_probs` and `FeatureNetwork`; t
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from ebft import BlockLayout, FeatureNetwork, advantages, block_log_probs, losses, sample_blocks
-from ebft.rewards import feature_matching_rewards
+from ebft.kernels import Kernel
+from ebft.noise import random_frequencies
+from ebft.rewards import Gram, feature_matching_rewards
+from ebft.rollout import Rollouts
+from ebft.scoring import Scorer
 from enumeration import (
     COMPLETIONS,
     TOLERANCE,
     VOCAB,
     G,
     exact_gradient,
+    exact_kernel_gradient,
     exact_per_token,
     flat_gradient,
     mean_estimate,
+    mean_kernel_estimate,
     mean_per_token,
 )
 from tiny_models import tiny_model
@@ -38,6 +46,7 @@ class Engine(NamedTuple):
     params: Sequence[Tensor]
     directions: Tensor  # [parameters, 8]: gradients are compared along these
     features: Callable[[Tensor, str], tuple[Tensor, Tensor]]  # (tokens [B, K, N, G], pooling) -> FeatureNetwork's
+    network: FeatureNetwork
     log_probs: Tensor  # [K, 16, G], plain forwards
     token_phi: Tensor  # [K, 16, G, D], plain forwards
     token_ref: Tensor  # [K, G, D], plain forwards
@@ -72,6 +81,7 @@ def engine() -> Engine:
         features=lambda tokens, pooling: FeatureNetwork(frozen, pooling=pooling)(
             DOCUMENT.expand(len(tokens), -1), tokens, LAYOUT
         ),
+        network=FeatureNetwork(frozen),
         log_probs=torch.stack(log_probs),
         token_phi=torch.stack(token_phi),
         token_ref=torch.stack(token_ref),
@@ -107,6 +117,42 @@ def test_engine_gradient(engine, estimator, n):
     )
     assert exact.norm() > 1e-2
     torch.testing.assert_close(mean, exact, **TOLERANCE)
+
+
+KERNELS = {
+    "rbf": Kernel("rbf", bandwidths=(0.4, 1.0)),
+    "energy": Kernel("energy"),
+    "characteristic": Kernel("characteristic", frequencies=random_frequencies(96, 8, (0.5,), seed=1)),
+    "ngram": Kernel("ngram", sizes=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_engine_gradient_with_kernel(engine, name):
+    """`Scorer` on all completions at once: the mean gradient of a step is that of the enumerated squared MMD."""
+    kernel, n = KERNELS[name], 2
+    tokens = COMPLETIONS.expand(1, K, -1, -1)
+    log_probs = block_log_probs(engine.policy, DOCUMENT, tokens, LAYOUT, temperature=TEMPERATURE)[0]
+    network = None if name == "ngram" else engine.network
+    values, _ = Scorer(network, kernel, {"whitening": "none"})(DOCUMENT, Rollouts(tokens, tokens, tokens), LAYOUT)
+    options = dict(bandwidths=kernel.bandwidths, frequencies=kernel.frequencies, sizes=kernel.sizes)
+    means, exacts = [], []
+    for k, anchor in enumerate(LAYOUT.anchors.tolist()):
+        all_values, cross, reference = (value[0, k] for value in values)
+
+        def gram_of(groups: Tensor, K=all_values, g=cross, q=reference) -> Gram:
+            return Gram(K[groups[:, :, None], groups[:, None, :]], g[groups], q.expand(len(groups)))
+
+        means.append(mean_kernel_estimate(log_probs[k], gram_of, engine.params, n, "leave_one_out"))
+        points = [*engine.token_phi[k, :, -1], engine.token_ref[k, -1]]
+        if name == "ngram":
+            points = [*COMPLETIONS, DOCUMENT[0, anchor : anchor + G]]
+        matrix = oracles.kernel_matrix(points, lambda x, y: oracles.kernel_value(x, y, kernel.name, **options))
+        exact = Gram(*map(torch.from_numpy, (matrix[:-1, :-1], matrix[:-1, -1], np.array(matrix[-1, -1]))))
+        exacts.append(exact_kernel_gradient(engine.log_probs[k], exact, engine.params))
+    exact = mean_over_blocks(exacts)
+    assert exact.norm() > 1e-2
+    torch.testing.assert_close(mean_over_blocks(means), exact, **TOLERANCE)
 
 
 def test_engine_sampled_step(engine):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "ebft"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FILES = [*MODULES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
 
-PURE = {"blocks", "rewards", "advantages", "losses"}
+PURE = {"blocks": set(), "rewards": set(), "advantages": set(), "losses": set(), "kernels": {"rewards"}}
 # From the top down: a module may import those of its own and later rows. The others only have to leave trainer alone.
 ROWS = [{"cli"}, {"trainer"}, {"rollout", "features", "logprobs"}, {"attention"}, {"blocks"}]
 MAY_IMPORT_TRAINER = {"cli", "scratch", "__init__"}
@@ -80,7 +80,7 @@ def test_importing_ebft_imports_no_torch():
 def test_imports_point_downwards(path):
     name, imports = name_of(path), imports_of(path)
     if name in PURE:
-        assert not imports
+        assert imports <= PURE[name]
     if name not in MAY_IMPORT_TRAINER:
         assert "trainer" not in imports - {name}
     for row, members in enumerate(ROWS):

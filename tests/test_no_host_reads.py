@@ -12,6 +12,7 @@ from ebft import advantages, attention, rewards
 from ebft.attention import BlockPlan
 from ebft.blocks import BlockLayout
 from ebft.features import FeatureNetwork
+from ebft.kernels import KERNELS, Kernel, kernel_gram, ngram_gram
 from ebft.logprobs import LogProbs, document_and_block_log_probs, document_and_block_loss
 from ebft.rollout import sample_and_sum, sample_rollouts
 from ragged import doc_ids_of
@@ -57,6 +58,17 @@ def test_two_forwards(model, documents, support, whitening):
     assert all(p.grad is not None and p.grad.device == META for p in model.parameters())
     assert log_probs.blocks.shape == rollouts.tokens.shape
     document_and_block_log_probs(model, documents, rollouts.tokens, LAYOUT, **support).blocks.sum().backward()
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "linear"])
+def test_kernels(model, documents, name):
+    frequencies = torch.zeros(96, 8, dtype=torch.float64, device=META)
+    kernel = Kernel(name, bandwidths=(1.0, 2.0), frequencies=frequencies, sizes=(1, 2))
+    tokens = torch.zeros(2, LAYOUT.num_blocks, N, 4, dtype=torch.long, device=META)
+    gram = kernel_gram(*FeatureNetwork(model)(documents, tokens, LAYOUT), kernel) if name != "ngram" else None
+    gram = gram or ngram_gram(tokens, LAYOUT.references(documents), kernel.sizes)
+    worth = advantages.leave_one_out(rewards.rewards_from_gram(gram, whitening="none"))
+    assert worth.device == META and worth.shape == (2, LAYOUT.num_blocks, N)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, PACKED], ids=["regular", "packed"])

@@ -244,6 +244,27 @@ def test_parameters_and_static_memory_are_those_of_the_models(plan):
     assert named["memory"]["feature network"] == 2 * (320 * 16 + 2 * 16 + (size - 2 * 320 * 16 - 16) / 4 - 16)
 
 
+def test_kernels_cost_nothing_and_ngrams_no_features(plan):
+    linear = plan("--kernel", "linear")
+    for kernel in ("rbf", "energy", "characteristic"):
+        other = plan("--kernel", kernel)
+        assert other["settings"].pop("kernel") == kernel and other["settings"].pop("whitening") == "none"
+        assert {name: other[name] for name in linear if name not in ("settings", "fit")} == {
+            name: linear[name] for name in linear if name not in ("settings", "fit")
+        }
+    ngram = plan("--kernel", "ngram")
+    assert ngram["model"]["feature network"] is None and ngram["memory"]["feature network"] == 0
+    for name in ("without checkpointing", "with checkpointing"):
+        theirs, ours = linear["token-forwards"][name], ngram["token-forwards"][name]
+        assert ours["total"] == pytest.approx(theirs["total"] - theirs.pop("features"))
+        assert ours.keys() == theirs.keys()
+    operations = linear["time"]["operations per update"]
+    assert "in features" in linear["memory"] and "in features" not in ngram["memory"]
+    without = operations.pop("features")
+    expected = operations | {"total": operations["total"] - without}
+    assert ngram["time"]["operations per update"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("way", ["one forward", "two forwards", "checkpointing"])
 def test_activations_are_what_autograd_keeps(bf16, way):

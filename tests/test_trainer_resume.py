@@ -1,5 +1,6 @@
 """A run that is killed and resumed leaves what an unbroken one leaves, to the bit; others are refused."""
 
+import json
 import os
 import random
 import shutil
@@ -45,7 +46,7 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, kind):
     assert_equal_weights(resumed.weights[-1], whole.weights[-1])
     assert files(tmp_path, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
     assert files(tmp_path, "rollouts/*") == files(whole.folder, "rollouts/*")
-    assert len(files(tmp_path, "rollouts/step_*.parquet")) == (6 if kind == "full" else 3)
+    assert len(files(tmp_path, "rollouts/step_*.parquet")) == (3 if kind == "lora" else 6)
     state = "checkpoint-6/*model.safetensors"
     assert files(tmp_path, state) == files(whole.folder, state) != {}
 
@@ -67,10 +68,12 @@ def test_resume_from_an_earlier_checkpoint_by_name(unbroken, tmp_path):
     assert files(tmp_path / "copy", "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
 
 
-def test_resumed_stream_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_resumed_stream_goes_on_where_it_was(tmp_path, kernel):
     def start(folder, resume=None, **settings):
         stream = Dataset.from_list(documents([23, 17, 5, 30, 6, 12, 21, 9])).to_iterable_dataset()
         settings = dict(max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2) | settings
+        settings["kernel"] = kernel
         return train(small_model(scale=8.0), stream, folder, resume, settings=settings)
 
     whole = start(tmp_path / "whole")
@@ -79,6 +82,52 @@ def test_resumed_stream_goes_on_where_it_was(tmp_path):
     assert len(resumed.weights) == 3
     assert_equal_weights(resumed.weights[-1], whole.weights[-1])
     assert files(tmp_path / "copy", "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+
+
+def altered_record(whole, folder, change):
+    """A copy of a run whose checkpoints say something else of its kernel."""
+    shutil.copytree(whole.folder, folder)
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(path.read_text())
+        change(state["stateful_callbacks"]["KernelRecord"]["attributes"]["record"])
+        path.write_text(json.dumps(state))
+    return folder
+
+
+def test_the_kernel_is_taken_from_the_checkpoint(unbroken, tmp_path):
+    """Though the documents would give another bandwidth."""
+    folder = altered_record(unbroken("rbf"), tmp_path / "copy", lambda record: record.update(bandwidth=0.123))
+    resumed = interrupted.run("rbf", folder, resume=str(folder / "checkpoint-4"))
+    assert resumed.trainer.scorer.kernel.bandwidths == (0.123,)
+    assert resumed.trainer.kernel_record["bandwidth"] == 0.123
+    callbacks = resumed.trainer.callback_handler.callbacks
+    assert [type(callback).__name__ for callback in callbacks].count("KernelRecord") == 1
+    state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["KernelRecord"]["attributes"]["record"]["bandwidth"] == 0.123
+    with pytest.raises(AssertionError):
+        assert_equal_weights(resumed.weights[-1], unbroken("rbf").weights[-1])
+
+
+def test_another_kernel_is_refused(unbroken, tmp_path):
+    before = read_metrics(unbroken("rbf").folder)
+    for change in (
+        dict(kernel="linear"),
+        dict(kernel="energy"),
+        dict(kernel_scales=[2.0]),
+        dict(kernel_bandwidth=9.0),
+    ):
+        with pytest.raises(ValueError, match="was trained with the kernel .*: resume with that one"):
+            interrupted.run("rbf", unbroken("rbf").folder, resume=True, max_steps=8, **change)
+    assert read_metrics(unbroken("rbf").folder) == before
+
+
+def test_a_checkpoint_without_a_kernel_is_linear(unbroken, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(unbroken("full").folder, folder)
+    assert "KernelRecord" not in (folder / "checkpoint-6" / "trainer_state.json").read_text()
+    with pytest.raises(ValueError, match="with the kernel {'name': 'linear'}, not {'name': 'energy'}"):
+        interrupted.run("full", folder, resume=True, max_steps=7, kernel="energy")
+    assert len(interrupted.run("full", folder, resume=True, max_steps=7).weights) == 2
 
 
 def test_another_feature_network_is_refused(unbroken):

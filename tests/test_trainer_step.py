@@ -58,7 +58,8 @@ def check_step(run, plain, rows, step=1, tolerance=1e-5, new_adapter=False):
     if hasattr(plain, "peft_config"):
         base = base.unload()
         initial = base if new_adapter else initial
-    expected = step_oracle.step_loss(policy, initial, base, rows, read_rollouts(run.folder, step), args)
+    kernel = step_oracle.kernel_of(run.trainer.kernel_record)
+    expected = step_oracle.step_loss(policy, initial, base, rows, read_rollouts(run.folder, step), args, kernel)
     after = step_oracle.sgd_step(policy, expected["loss"], args.learning_rate, args.max_grad_norm)
     assert relative_error(run.weights[step - 1], run.weights[step], after) < tolerance
     metrics = next(m for m in run.metrics if m["step"] == step)
@@ -150,6 +151,17 @@ CASES = {
     "two_forwards_lora": dict(reuse_sampling_forward=False, adapted=True),
     "checkpointing_lora": dict(gradient_checkpointing=True, adapted=True, packing=True),
     "no_cross_entropy": dict(ce_coef=0.0),
+    "rbf": dict(kernel="rbf", kernel_scales=[0.5, 2.0], diversity_coef=0.5),
+    "rbf_per_token_packed": dict(kernel="rbf", pooling="token", packing=True, **ANSWERS),
+    "rbf_concat_two_forwards": dict(
+        kernel="rbf", kernel_bandwidth=0.7, pooling="concat", reuse_sampling_forward=False
+    ),
+    "energy": dict(kernel="energy", pooling="mean_pooling", num_generations=2),
+    "energy_lora": dict(kernel="energy", adapted=True),
+    "characteristic": dict(kernel="characteristic", kernel_frequencies=5, kernel_scales=[1.0, 3.0]),
+    "characteristic_lora": dict(kernel="characteristic", kernel_frequencies=5, adapted=True, packing=True),
+    "ngram": dict(kernel="ngram", ngram_sizes=[1, 3], per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    "ngram_lora_packed": dict(kernel="ngram", ngram_sizes=[1, 2], adapted=True, packing=True, **ANSWERS),
 }
 
 

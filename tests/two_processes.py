@@ -22,6 +22,9 @@ CASES = {
     "answers": dict(rows=PROMPTED, completion_only_loss=True, loss_normalization="document"),
     "packed": dict(rows=documents([20] * 8), packing=True, rows_per_process=1),
     "stream": dict(rows=MIXED, stream=True),
+    "rbf": dict(rows=LOPSIDED, kernel="rbf", evaluated=True),
+    "fourier_stream": dict(rows=MIXED, kernel="characteristic", kernel_frequencies=16, stream=True),
+    "ngram": dict(rows=LOPSIDED, kernel="ngram", evaluated=True),
 }
 
 

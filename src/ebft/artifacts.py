@@ -214,6 +214,7 @@ those of real completions ([arXiv 2603.12248](https://arxiv.org/abs/2603.12248))
 ```
 
 - Feature network: {feature_network}
+- Kernel: {kernel}
 - Training data: {dataset}
 
 | last metrics of the run | |
@@ -227,7 +228,9 @@ Settings (`resolved_config.yaml`):
 """
 
 
-def write_model_card(folder: Path, *, name, base, dataset, feature_network, history, settings, adapter) -> None:
+def write_model_card(
+    folder: Path, *, name, base, dataset, feature_network, kernel, history, settings, adapter
+) -> None:
     """Write README.md beside a saved model.
 
     Args:
@@ -236,6 +239,7 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
         base: What was fine-tuned; None for a model built in code.
         dataset: What on, or None.
         feature_network: Its record, or None.
+        kernel: Its record, or None where no rollouts were scored.
         history: The trainer's log history: the last training and the last evaluation metrics are shown.
         settings: All settings of the run.
         adapter: Whether an adapter is saved in place of a whole model.
@@ -245,8 +249,9 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
     for key in ("learning_rate", "eval_loss"):
         metrics |= next((record for record in reversed(history) if key in record), {})
     rows = "\n".join(f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float)))
-    network = feature_network or {"none": "(rl_coef is 0)"}
-    network = ", ".join(f"{k} {v}" for k, v in network.items() if v is not None)
+    without = "(rl_coef is 0)" if kernel is None else "(n-grams of token ids)"
+    network, kernel = feature_network or {"none": without}, kernel or {"none": without}
+    network, kernel = (", ".join(f"{k} {v}" for k, v in r.items() if v is not None) for r in (network, kernel))
     holds_model = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
     path = folder if holds_model else last_complete_checkpoint(folder) or folder
     loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
@@ -257,6 +262,7 @@ def write_model_card(folder: Path, *, name, base, dataset, feature_network, hist
         base=base or "a model built in code",
         dataset=dataset or "not recorded",
         feature_network=network,
+        kernel=kernel,
         metrics=rows,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
     )

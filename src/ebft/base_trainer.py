@@ -18,12 +18,13 @@ from .artifacts import (
     settings_of,
     write_model_card,
 )
-from .callbacks import FeatureNetworkRecord, StepEnd, StepLine, recorded_feature_network
+from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .config import EBFTConfig
 from .features import FeatureNetwork
 from .memory_guard import MemoryGuard
 from .metrics import means
 from .recorder import StepRecorder
+from .scoring import Scorer, kernel_of, resumed_kernel
 
 
 class RecordedTrainer(Trainer):
@@ -33,6 +34,8 @@ class RecordedTrainer(Trainer):
         recorder: What the subclass tells of the step at hand.
         run_description: Settings outside `args` (model, data) to be written into `resolved_config.yaml`.
         feature_network_record: Name, revision and hash of the feature network, or None without one.
+        kernel_record: All that makes the kernel, or None where no rollouts are scored.
+        scorer: What scores rollouts, or None.
     """
 
     args: EBFTConfig
@@ -47,6 +50,8 @@ class RecordedTrainer(Trainer):
         self.recorder = StepRecorder()
         self.run_description: dict[str, Any] = {"model_name_or_path": base_name} if base_name else {}
         self.feature_network_record: dict[str, Any] | None = None
+        self.kernel_record: dict[str, Any] | None = None
+        self.scorer: Scorer | None = None
         self.memory = MemoryGuard(kwargs["args"], kwargs["model"], self.feature_network, self.reference_model)
         self.memory.check_weights()
         super().__init__(**kwargs)
@@ -55,6 +60,15 @@ class RecordedTrainer(Trainer):
         self.add_callback(StepEnd(self.save_step_rollouts))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
+        if ours != launched:
+            raise ValueError(
+                f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
+                "(ACCELERATE_MIXED_PRECISION): make them agree."
+            )
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
@@ -64,12 +78,23 @@ class RecordedTrainer(Trainer):
             shown = record | {"sha256": record["sha256"][:12]}
             print("Feature network: " + ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None))
 
+    def use_kernel(self, record: dict[str, Any]) -> None:
+        """Score rollouts by the kernel of this record (`scoring`), print it, and store it in every checkpoint."""
+        self.scorer = Scorer(self.feature_network, kernel_of(record, self.args.device), self.args.rewarding)
+        self.kernel_record = record
+        if record["name"] == "linear":
+            return  # as in checkpoints from before there was a choice, which transformers could not resume otherwise
+        self.pop_callback(KernelRecord)
+        self.add_callback(KernelRecord(record))
+        if self.is_world_process_zero():
+            print("Kernel: " + ", ".join(f"{k} {v}" for k, v in record.items() if k != "sha256"))
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
 
         Raises:
             ValueError: The output folder holds another run, there is nothing to resume, or the run to be resumed had
-                another feature network, or memory ran out.
+                another feature network or kernel, or memory ran out.
             FloatingPointError: Loss or gradient is not finite; the weights are those before the step.
         """
         if resume_from_checkpoint is True:
@@ -81,7 +106,7 @@ class RecordedTrainer(Trainer):
         check_output_dir(self.output_dir, resuming=continues)
         step = None
         if resume_from_checkpoint:
-            step = self._check_feature_network(resume_from_checkpoint)
+            step = self._check_records(resume_from_checkpoint)
             check_resume(self.output_dir, resume_from_checkpoint)
             if step >= self.planned_steps():
                 raise ValueError(
@@ -111,11 +136,19 @@ class RecordedTrainer(Trainer):
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
 
-    def _check_feature_network(self, checkpoint: str) -> int:
-        record, step = recorded_feature_network(checkpoint)
+    def _check_records(self, checkpoint: str) -> int:
+        network, kernel, step = checkpoint_records(checkpoint)
+        self._check_feature_network(checkpoint, network)
+        if self.kernel_record is not None:
+            kernel = resumed_kernel(kernel, self.kernel_record, self.args, checkpoint)
+            if kernel != self.kernel_record:
+                self.use_kernel(kernel)
+        return step
+
+    def _check_feature_network(self, checkpoint: str, record: dict[str, Any] | None) -> None:
         ours = self.feature_network_record
         if record is None or ours is None:
-            return step
+            return
         # A name may change (a folder that moved); what is computed may not.
         other = [key for key in record if key not in ("name", "revision") and record[key] != ours.get(key)]
         if other:
@@ -124,7 +157,6 @@ class RecordedTrainer(Trainer):
                 f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
                 "resume with that one."
             )
-        return step
 
     def begin_step(self, started: float) -> None:
         """A new optimiser step began at `started` (of `time.perf_counter`): forget the last one."""
@@ -223,6 +255,7 @@ class RecordedTrainer(Trainer):
                 base=self.base_name,
                 dataset=dataset_name or self.run_description.get("dataset_name"),
                 feature_network=self.feature_network_record,
+                kernel=self.kernel_record,
                 history=self.state.log_history,
                 settings={**self.run_description, **settings_of(self.args)},
                 adapter=hasattr(self.model, "peft_config"),

@@ -192,13 +192,18 @@ class BlockLayout:
         return first, second, third
 
     def references(self, input_ids: Tensor) -> Tensor:
-        """The documents' own tokens of every block, `document[a_k : a_k + G]`: [B, K, G], -100 where there is none."""
+        """The documents' own tokens of every block, `document[a_k : a_k + G]`: [B, K, G], -100 where there is none.
+
+        Of references that end, G is the length of the longest.
+        """
         anchors, valid, _ = (x.to(input_ids.device) for x in self.expand(len(input_ids)))
-        step = torch.arange(self.completion_length, device=anchors.device)
+        lengths = self.reference_lengths
+        longest = self.completion_length if lengths is None else int(lengths.max()) if lengths.numel() else 1
+        step = torch.arange(longest, device=anchors.device)
         at = (anchors[..., None] + step).clamp(max=self.length - 1)
         there = valid[..., None]
-        if self.reference_lengths is not None:
-            there = there & (step < self.reference_lengths.to(anchors.device)[..., None])
+        if lengths is not None:
+            there = there & (step < lengths.to(anchors.device)[..., None])
         rows = torch.arange(len(input_ids), device=anchors.device)[:, None, None]
         return input_ids[rows, at].where(there, -100)
 

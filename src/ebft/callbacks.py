@@ -92,8 +92,12 @@ class FeatureNetworkRecord(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"record": self.record}}
 
 
-def recorded_feature_network(checkpoint: str | Path) -> tuple[dict[str, Any] | None, int]:
-    """The record in a checkpoint, None if it has none, and the checkpoint's step.
+class KernelRecord(FeatureNetworkRecord):
+    """Stores likewise which kernel a run uses."""
+
+
+def checkpoint_records(checkpoint: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
+    """The records of the feature network and the kernel in a checkpoint, None if it has none, and its step.
 
     Raises:
         ValueError: There is no whole checkpoint at that path.
@@ -103,5 +107,6 @@ def recorded_feature_network(checkpoint: str | Path) -> tuple[dict[str, Any] | N
         state = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"resume_from_checkpoint='{checkpoint}' is not a whole checkpoint: {error}") from error
-    saved = state.get("stateful_callbacks", {}).get(FeatureNetworkRecord.__name__)
-    return (saved["attributes"]["record"] if saved else None), state["global_step"]
+    saved = [state.get("stateful_callbacks", {}).get(kind.__name__) for kind in (FeatureNetworkRecord, KernelRecord)]
+    network, kernel = (found["attributes"]["record"] if found else None for found in saved)
+    return network, kernel, state["global_step"]

@@ -10,6 +10,8 @@ from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
 from .extras import require
 from .features import NORMS, POOLINGS, POOLINGS_OF_COMPLETIONS, REDUCTIONS
+from .kernel_options import check_kernel, default_whitening
+from .kernels import KERNELS
 from .liger import LOSSES as LIGER_LOSSES
 from .liger import WITHOUT_LOSSES
 from .losses import DECAYS, KL_ESTIMATORS, LOSS_NORMALIZATIONS
@@ -140,7 +142,27 @@ class EBFTConfig(TrainingArguments):
     )
     alignment_coef: float = _setting(1.0, "Weight of the alignment reward.")
     diversity_coef: float = _setting(1.0, "Weight of the diversity reward (alpha); below 1 is mode-seeking.")
-    whitening: str = _setting("paper", "Whitening of the features within each group.", WHITENINGS)
+    kernel: str = _setting(
+        "linear",
+        "Which statistic of the rollouts is matched: linear (mean features, the paper), rbf, energy, characteristic "
+        "(random Fourier features), or ngram (counts of n-grams of token ids, without a feature network).",
+        KERNELS,
+    )
+    kernel_scales: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Of rbf and characteristic: widths in bandwidths; of several, the mean of the kernels."},
+    )
+    kernel_bandwidth: float | None = _setting(
+        None,
+        "Of rbf and characteristic. Default: the median distance between reference features of the first documents.",
+    )
+    kernel_frequencies: int = _setting(512, "Of characteristic: how many, drawn once from the seed.")
+    ngram_sizes: list[int] = field(
+        default_factory=lambda: [1, 2, 3], metadata={"help": "Of ngram: tokens of an n-gram; the mean over the sizes."}
+    )
+    whitening: str | None = _setting(
+        None, "Whitening of the features within each group. Default: paper with kernel linear, else none.", WHITENINGS
+    )
     alignment: str | None = _setting(
         None, "Dot product or cosine, without whitening (whitened rewards are cosines). Default: dot.", ALIGNMENTS
     )
@@ -174,6 +196,8 @@ class EBFTConfig(TrainingArguments):
             accelerator.dispatch_batches = False
         self._check_types()
         self._check_choices()
+        self.whitening = self.whitening or default_whitening(self.kernel)
+        check_kernel(self)
         self._check_ranges()
         self._check_combinations()
         self._check_refused()

@@ -24,8 +24,8 @@ from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, d
 from .measuring import synchronize
 from .planning import Method
 from .recorder import StepRecorder
-from .rewards import gram_matrices, rewards_from_gram
 from .rollout import Rollouts, sample_and_sum, sample_rollouts
+from .scoring import Scorer, kernel_of, kernel_record
 
 
 class Laps:
@@ -72,6 +72,10 @@ class Cut:
             self.network.model = self.policy if shared else cut_model(network.model, depth, vocabulary, device)
             self.network.decoder = causal_lm(self.network.model).base_model
             self.network.layer_indices = [min(index, depth) for index in network.layer_indices]
+        if args.rl_coef:
+            size = None if self.network is None else self.network.size(args.completion_length)
+            kernel = kernel_of(kernel_record(args, 1.0, size), device)  # its bandwidth does not matter for the time
+            self.scorer = Scorer(self.network, kernel, args.rewarding)
         if args.checkpoints_activations:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # its name changed within transformers 5
@@ -88,7 +92,7 @@ class Cut:
     def step(self) -> dict[str, float]:
         """Seconds of the stages of a micro-batch, as `EBFTTrainer.compute_loss` and the backward go through them."""
         laps = Laps(self.device)
-        if self.network is None or not self.layout.num_blocks:
+        if not (self.args.rl_coef and self.layout.num_blocks):
             loss = self._loss(*no_rollouts(self.batch))
         elif self.method.reuses(self.args.checkpoints_activations):
 
@@ -131,12 +135,11 @@ class Cut:
     @torch.no_grad()
     def _judge(self, rollouts: Rollouts, laps: Laps) -> None:
         """Features of the rollouts, rewards and metrics out of them; and log-probs of the initial policy."""
-        assert self.network is not None
         args, ids = self.args, self.batch["input_ids"]
-        gram = gram_matrices(*self.network(ids, rollouts.tokens, self.layout))
-        rewards = rewards_from_gram(gram, **args.rewarding)
+        gram, rewards = self.scorer(ids, rollouts, self.layout)
         StepRecorder().add(experience_sums(Experience(rollouts, gram, rewards), self.layout))
-        laps.end("features")
+        if self.network is not None:  # rewards of token ids take next to nothing, and go with what follows
+            laps.end("features")
         if self.method.reference:
             with adapters_off(self.policy):  # whose place this one takes
                 block_log_probs(self.policy, ids, rollouts.tokens, self.layout, **args.sampling)

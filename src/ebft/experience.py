@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .blocks import BlockLayout
 from .metrics import completion_sums, rollout_sums, sum_over_blocks
@@ -55,6 +56,28 @@ def experience_sums(experience: Experience, layout: BlockLayout) -> dict[str, Te
         # Nats per token, as in TRL.
         sums["kl"] = sum_over_blocks(experience.kl.to(device) / tokens, valid)
     return sums | ends
+
+
+def predictions_of(
+    input_ids: Tensor, layout: BlockLayout, rollouts: Rollouts | None, num_generations: int
+) -> tuple[Tensor, Tensor]:
+    """What `compute_metrics` gets: rollouts [B, K, N, G] and references [B, K, G], -100 where there is no token.
+
+    Args:
+        input_ids: LongTensor [B, P].
+        layout: As the batch was laid out: batches with G alike can be joined.
+        rollouts: Of the batch, or None.
+        num_generations: N.
+    """
+    references = layout.references(input_ids)
+    references = pad(references, (0, layout.completion_length - references.shape[-1]), value=-100)
+    B, K, G = references.shape
+    predictions = references.new_full((B, K, num_generations, G), -100)
+    if rollouts is not None:
+        there = layout.valid[..., None, None].to(references.device)
+        there = there if rollouts.mask is None else there & rollouts.mask
+        predictions[..., : rollouts.tokens.shape[-1]] = rollouts.tokens.where(there, -100)
+    return predictions, references
 
 
 def rollout_rows(

@@ -84,54 +84,66 @@ class FeatureNetwork:
             bit: whitening would blow the rounding noise between them up into a direction of its own. Zeros where a
                 block is not valid.
         """
-        if lengths is not None:
-            return self._of_completions(input_ids, tokens, layout, lengths)
         B, K, N, G = tokens.shape
-        device = input_ids.device
-        plan = BlockPlan(layout, B, N if K else 0, range(G), device=device)
+        plan = BlockPlan(layout, B, N if K else 0, range(G), device=input_ids.device)
         ids = torch.cat([input_ids, tokens.flatten(1)], dim=1)
         taps = self._hidden_states(ids, plan, layout.position_ids(N).expand(B, -1))
-
-        anchors, valid, _ = (x.to(device) for x in layout.expand(B))
-        steps = slice(G - 1, G) if self.pooling == "last_token" else slice(0, G)  # only what is pooled is gathered
-        at_reference = (anchors[..., None] + torch.arange(G, device=device)[steps]).clamp(max=layout.length - 1)
-        rows = torch.arange(B, device=device)[:, None, None]
-        reference = self._token_features([h[:, : layout.length][rows, at_reference] for h in taps])
-        generated = self._token_features([h[:, layout.length :].unflatten(1, (K, N, G))[:, :, :, steps] for h in taps])
-
-        generated = _share_equal_rollouts(generated, tokens, steps)
-        generated, reference = self._pool(generated), self._pool(reference)
+        reference, valid = self._at_references(taps, layout)
+        generated = [h[:, layout.length :].unflatten(1, (K, N, G)) for h in taps]
+        if lengths is not None:
+            generated = _share_equal_completions(self._until_ends(generated, lengths.clamp(min=1)), tokens)
+            return _where_valid(generated, valid), reference
+        steps = self._pooled_steps(G)
+        generated = self._token_features([h[:, :, :, steps] for h in generated])
+        generated = self._pool(_share_equal_rollouts(generated, tokens, steps))
         if self.pooling == "token":
             generated = generated.transpose(2, 3)  # the group next to the features
-        return _where_valid(generated, valid), _where_valid(reference, valid)
+        return _where_valid(generated, valid), reference
 
-    def _of_completions(
-        self, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `__call__`, of rollouts and references that end."""
-        assert layout.reference_lengths is not None and self.pooling in POOLINGS_OF_COMPLETIONS
-        (B, K, N, G), device = tokens.shape, input_ids.device
-        plan = BlockPlan(layout, B, N if K else 0, range(G), device=device)
-        ids = torch.cat([input_ids, tokens.flatten(1)], dim=1)
-        taps = self._hidden_states(ids, plan, layout.position_ids(N).expand(B, -1))
+    @torch.no_grad()
+    def references(self, input_ids: Tensor, layout: BlockLayout) -> Tensor:
+        """Features of the reference blocks alone, [B, K, D] or [B, K, G, D] as above: one forward of the documents."""
+        B = len(input_ids)
+        plan = BlockPlan(layout, B, 0, range(0), device=input_ids.device)
+        taps = self._hidden_states(input_ids, plan, layout.position_ids(0).expand(B, -1))
+        return self._at_references(taps, layout)[0]
+
+    def size(self, completion_length: int) -> int:
+        """D, of blocks of so many tokens."""
+        size = self.decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+        size *= len(self.layer_indices) if self.reduction == "concat" else 1
+        return size * completion_length if self.pooling == "concat" else size
+
+    def _at_references(self, taps: list[Tensor], layout: BlockLayout) -> tuple[Tensor, Tensor]:
+        """Features of the reference blocks, zeros where not valid, and which are valid."""
+        B, device = len(taps[0]), taps[0].device
         anchors, valid, _ = (x.to(device) for x in layout.expand(B))
-        begin = layout.length + torch.arange(K * N, device=device).view(K, N).expand(B, -1, -1) * G
-        spans = [(begin, lengths.clamp(min=1)), (anchors, layout.reference_lengths.to(device))]
-        generated, reference = (self._pooled_spans(taps, first, count) for first, count in spans)
-        agree = (tokens[:, :, :, None] == tokens[:, :, None]).all(-1)  # zeros behind their ends included
-        generated = generated.gather(2, agree.int().argmax(3)[..., None].expand_as(generated))
-        return _where_valid(generated, valid), _where_valid(reference, valid)
+        lengths = layout.reference_lengths
+        longest = layout.completion_length if lengths is None else int(lengths.max()) if lengths.numel() else 1
+        within = torch.arange(longest, device=device)[self._pooled_steps(longest) if lengths is None else slice(None)]
+        at = (anchors[..., None] + within).clamp(max=layout.length - 1)
+        rows = torch.arange(B, device=device)[:, None, None]
+        states = [h[:, : layout.length][rows, at] for h in taps]
+        if lengths is None:
+            features = self._pool(self._token_features(states))
+        else:
+            features = self._until_ends(states, lengths.to(device))
+        return _where_valid(features, valid), valid
 
-    def _pooled_spans(self, taps: list[Tensor], first: Tensor, count: Tensor) -> Tensor:
-        """Features of spans of packed rows, `count` tokens from `first` on, both [B, ...]: [B, ..., D]."""
-        rows = torch.arange(len(first), device=first.device).view(-1, *[1] * (first.ndim - 1))
+    def _pooled_steps(self, completion_length: int) -> slice:
+        """The tokens of a block that are pooled: only these are gathered."""
+        return slice(completion_length - 1 if self.pooling == "last_token" else 0, completion_length)
+
+    def _until_ends(self, taps: list[Tensor], lengths: Tensor) -> Tensor:
+        """Pooled features of the first `lengths` [...] of some tokens [..., S, d]: [..., D]."""
         if self.pooling == "last_token":
-            return self._token_features([h[rows, first + count - 1] for h in taps])
-        step = torch.arange(int(count.max()), device=first.device)
-        at = (first[..., None] + step).clamp(max=taps[0].shape[1] - 1)
-        features = self._token_features([h[rows[..., None], at] for h in taps])
-        inside = (step < count[..., None])[..., None]
-        return features.where(inside, 0).sum(-2) / count[..., None]
+            at = (lengths - 1)[..., None, None]
+            return self._token_features([h.gather(-2, at.expand(*at.shape[:-1], h.shape[-1])) for h in taps]).squeeze(
+                -2
+            )
+        features = self._token_features(taps)
+        inside = torch.arange(features.shape[-2], device=features.device) < lengths[..., None]
+        return features.where(inside[..., None], 0).sum(-2) / lengths[..., None]
 
     def _hidden_states(self, ids: Tensor, plan: BlockPlan, position_ids: Tensor) -> list[Tensor]:
         with ExitStack() as stack:
@@ -239,6 +251,12 @@ def _share_equal_rollouts(features: Tensor, tokens: Tensor, steps: slice) -> Ten
     agree = (tokens[:, :, :, None] == tokens[:, :, None]).int().cumprod(-1)[..., steps]  # [B, K, N, N, S]
     first = agree.argmax(dim=3)  # [B, K, N, S]: the first rollout that agrees with rollout n up to s
     return features.gather(2, first[..., None].expand_as(features))
+
+
+def _share_equal_completions(features: Tensor, tokens: Tensor) -> Tensor:
+    """Give completions with the same tokens [B, K, N, G], zeros behind their ends, the features [B, K, N, D] of one."""
+    agree = (tokens[:, :, :, None] == tokens[:, :, None]).all(-1)
+    return features.gather(2, agree.int().argmax(3)[..., None].expand_as(features))
 
 
 def _where_valid(features: Tensor, valid: Tensor) -> Tensor:

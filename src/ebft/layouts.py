@@ -90,6 +90,12 @@ def no_rollouts(inputs: dict[str, Any]) -> tuple[Tensor, BlockLayout]:
     return inputs["input_ids"].new_zeros(len(layout.anchors), 0, 1, layout.completion_length), layout
 
 
+def documents_without_block(inputs: dict[str, Any]) -> Tensor:
+    """How many documents of a batch with its `layout` have none, as a scalar."""
+    documents = (inputs["document_ids"] >= 0).sum().cpu()
+    return documents - len(noise.documents_with_blocks(inputs["layout"]))
+
+
 def completion_borders(completion_mask: Tensor, doc_ids: Tensor) -> tuple[Tensor, Tensor]:
     """First and last token of each run of completion tokens within a document: two BoolTensors [B, P]."""
     inside = completion_mask & (doc_ids >= 0)

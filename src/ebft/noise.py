@@ -5,6 +5,7 @@ leaves training's numbers untouched. Documents are known by their index in the t
 Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, M documents of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .blocks import BlockLayout, completion_spans, document_spans
 
-SAMPLING, SUBSET, OFFSET, EVALUATION, CONTEXTS = range(5)  # purposes
+SAMPLING, SUBSET, OFFSET, EVALUATION, CONTEXTS, FREQUENCIES = range(6)  # purposes
 
 
 def document_rng(seed: int, purpose: int, step: int, document_id: int) -> np.random.Generator:
@@ -79,6 +80,16 @@ def shift_starts(
                 if first + offset < last:
                     shifted[row, first + offset] = True
     return shifted
+
+
+def random_frequencies(dimension: int, count: int, bandwidths: Sequence[float], seed: int) -> Tensor:
+    """Frequencies w ~ N(0, 1 / s^2) of random Fourier features (Rahimi & Recht 2007), float64 [dimension, count].
+
+    The bandwidths s take turns, so that the mean over the frequencies is one over the bandwidths too.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, FREQUENCIES]))
+    drawn = rng.standard_normal((count, dimension)) / np.resize(bandwidths, count)[:, None]
+    return torch.from_numpy(drawn).T.contiguous()
 
 
 def documents_with_blocks(layout: BlockLayout) -> list[tuple[int, int, Tensor]]:

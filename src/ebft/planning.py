@@ -88,7 +88,7 @@ class Method:
         rollouts: N per block.
         completion_length: G.
         reference: Whether the initial policy scores the rollouts (beta > 0).
-        feature_depth: Share of the feature network's layers up to its top tap.
+        feature_depth: Share of the feature network's layers up to its top tap; 0 without one.
         trained: Share of the layers' weights that are trained: frozen ones need no gradient of their own.
         reuse: Without checkpointing, the forward that samples carries the gradient too (`rollout.sample_and_sum`).
         linear: The loss is linear in the log-probs, so that the LM head is not computed again in the backward.
@@ -125,7 +125,9 @@ def token_forwards(work: Work, method: Method, checkpointing: bool = False) -> d
     generated = work.blocks * method.rollouts * method.completion_length
     stages = {}
     if work.blocks:
-        stages = {"sampling": packed, "features": method.feature_depth * (work.tokens + generated)}
+        stages = {"sampling": packed}
+        if method.feature_depth:
+            stages["features"] = method.feature_depth * (work.tokens + generated)
         if method.reference:
             stages["reference"] = packed
     stages["update"] = method.update_passes(work, checkpointing) * packed
@@ -175,9 +177,11 @@ def operations(
 
     layers = policy.forward(work.tokens + decoded, pairs(G - 1))
     stages = {}
-    if work.blocks and feature is not None:
+    if work.blocks:
         scored = layers + policy.head(work.blocks + decoded)
-        stages = {"sampling": scored, "features": feature.forward(work.tokens + work.blocks * N * G, pairs(G))}
+        stages = {"sampling": scored}
+        if feature is not None:
+            stages["features"] = feature.forward(work.tokens + work.blocks * N * G, pairs(G))
         if method.reference:
             stages["reference"] = scored
     # The logits, the gradient of their rows, that of the head; and the logits again where the loss is not linear.

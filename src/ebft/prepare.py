@@ -25,7 +25,8 @@ def prepare_datasets(
         `(train, eval, anchors)`; a dict of evaluation sets stays a dict, and `anchors` is `completion` or `all`.
 
     Raises:
-        ValueError: A dataset is malformed, empty, or has no document long enough for one block.
+        ValueError: A dataset is malformed, empty, or has no document long enough for one block; or several workers
+            would read a stream.
     """
     first = train_dataset if train_dataset is not None else eval_dataset
     first = next(iter(first.values())) if isinstance(first, dict) else first
@@ -70,6 +71,11 @@ def prepare_datasets(
         return rows
 
     train = None if train_dataset is None else prepare(train_dataset, "train_dataset")
+    if train is not None and not hasattr(train, "__len__") and args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers={args.dataloader_num_workers}: the workers of a streamed dataset would "
+            "number its documents alike, and these numbers seed the rollouts: use 0 or 1."
+        )
     if isinstance(eval_dataset, dict):
         return train, {k: prepare(v, f"eval_dataset['{k}']") for k, v in eval_dataset.items()}, anchors
     return train, None if eval_dataset is None else prepare(eval_dataset, "eval_dataset"), anchors

@@ -51,11 +51,7 @@ def gram_matrices(gen: Tensor, ref: Tensor) -> Gram:
     Raises:
         ValueError: if the shapes do not belong together.
     """
-    if gen.dim() < 2 or gen.shape[:-2] + gen.shape[-1:] != ref.shape:
-        raise ValueError(
-            f"ref has shape {tuple(ref.shape)} beside gen {tuple(gen.shape)}: pass gen [..., n, D] and ref [..., D]."
-        )
-    gen, ref = _float64(gen), _float64(ref)
+    gen, ref = checked_group(gen, ref)
     return Gram(gen @ gen.mT, (gen @ ref.unsqueeze(-1)).squeeze(-1), ref.square().sum(-1))
 
 
@@ -194,6 +190,19 @@ def _cosine(gram: Gram) -> Tensor:
     return torch.where(norms == 0, 0.0, g / norms)
 
 
-def _float64(x: Tensor) -> Tensor:
+def checked_group(gen: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
+    """Features gen [..., n, D] and ref [..., D] in float64, on the CPU where their own device has none.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if gen.dim() < 2 or gen.shape[:-2] + gen.shape[-1:] != ref.shape:
+        raise ValueError(
+            f"ref has shape {tuple(ref.shape)} beside gen {tuple(gen.shape)}: pass gen [..., n, D] and ref [..., D]."
+        )
+    return as_float64(gen), as_float64(ref)
+
+
+def as_float64(x: Tensor) -> Tensor:
     """X in float64, on the CPU where its own device has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()

@@ -23,16 +23,18 @@ from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
 from .config import EBFTConfig
 from .data import BlockCollator, padding_id
-from .experience import Experience, experience_sums, rollout_rows
+from .experience import Experience, experience_sums, predictions_of, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
-from .layouts import batch_layout, no_rollouts
+from .integrations.vllm import VLLMSampler
+from .layouts import batch_layout, documents_without_block, no_rollouts
 from .liger import take_liger_kernels_like
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import COMPLETION_MEANS, EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
 from .prepare import prepare_datasets
-from .rewards import Gram, Rewards, gram_matrices, rewards_from_gram
+from .rewards import Gram, Rewards
 from .rollout import Rollouts, sample_and_sum, sample_rollouts
+from .scoring import fixed_kernel
 from .support import check_same_vocabulary, check_tokenizer
 
 
@@ -104,16 +106,11 @@ class EBFTTrainer(RecordedTrainer):
         train_dataset, eval_dataset, self.anchors = prepare_datasets(
             train_dataset, eval_dataset, processing_class, args, formatting_func
         )
-        streamed = train_dataset is not None and not hasattr(train_dataset, "__len__")
-        if streamed and args.dataloader_num_workers > 1:
-            raise ValueError(
-                f"dataloader_num_workers={args.dataloader_num_workers}: the workers of a streamed dataset would "
-                "number its documents alike, and these numbers seed the rollouts: use 0 or 1."
-            )
         policy = models.load_policy(model, args, peft_config, quantization_config)
         if args.learning_rate is None:
             args.learning_rate = models.default_learning_rate(policy)
-        needs_features = args.rl_coef > 0 or eval_dataset is not None
+        scores = args.rl_coef > 0 or eval_dataset is not None
+        needs_features = scores and args.kernel != "ngram"
         self.feature_network = (
             models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
         )
@@ -139,17 +136,11 @@ class EBFTTrainer(RecordedTrainer):
             optimizers=optimizers,
         )
         loss_is_whole_steps(self)
-        self._check_precision()
         self.can_return_loss = True
         self._place_frozen_networks()
-
-    def _check_precision(self) -> None:
-        ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
-        if ours != launched:
-            raise ValueError(
-                f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
-                "(ACCELERATE_MIXED_PRECISION): make them agree."
-            )
+        if scores:
+            self._fix_kernel()
+        self.vllm = VLLMSampler(self.model, self.accelerator, processing_class, args) if args.use_vllm else None
 
     def _place_frozen_networks(self) -> None:
         network = self.feature_network
@@ -161,6 +152,11 @@ class EBFTTrainer(RecordedTrainer):
         if network.model is not self.model:
             network.model.to(self.args.device)
         self.record_feature_network(models.describe_feature_network(network))
+
+    def _fix_kernel(self) -> None:
+        dataset: Any = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+        self.use_kernel(fixed_kernel(self.args, self.feature_network, dataset, self.data_collator, self.anchors))
 
     # --- one step ---
 
@@ -187,6 +183,8 @@ class EBFTTrainer(RecordedTrainer):
         tokens, blocks, count = self.sum_over_ranks(totals).tolist()
         self.count_tokens(int(count))
         self._ahead.begin_step(batches)
+        if self.vllm is not None:
+            self.vllm.synchronise(self.state.global_step)  # here, where every rank comes by
         return batches, StepTotals(tokens, blocks)
 
     def compute_loss(self, model, inputs: dict[str, Any], return_outputs=False, num_items_in_batch: Any = None):
@@ -264,6 +262,9 @@ class EBFTTrainer(RecordedTrainer):
         """
         # The bare model: ranks may differ in how often they call it, which DDP's hooks would not survive.
         model, layout, n = self.model, inputs["layout"], self.args.num_generations
+        if self.vllm is not None:
+            self.vllm.synchronise(self.state.global_step)
+            return self.vllm.sample(inputs["input_ids"], layout)
         uniforms = self._uniforms(inputs, purpose)
         options = {"uniforms": uniforms, **self.args.sampling, **self.args.ending}
         return sample_rollouts(model, inputs["input_ids"], layout, n, **options)
@@ -275,14 +276,9 @@ class EBFTTrainer(RecordedTrainer):
         return noise.sampling_uniforms(inputs["layout"], documents, self.args.num_generations, **sizes)
 
     def compute_rewards(self, inputs: dict[str, Any], rollouts: Rollouts) -> tuple[Gram, Rewards]:
-        """Features of rollouts and references, their inner products, and the rewards: [B, K, N] or [B, K, G, N]."""
-        args = self.args
-        assert self.feature_network is not None, "loaded whenever rollouts are sampled"
-        places = rollouts.tokens, inputs["layout"], rollouts.lengths
-        generated, reference = self.feature_network(inputs["input_ids"], *places)
-        gram = gram_matrices(generated, reference)
-        rewards = rewards_from_gram(gram, **args.rewarding)
-        return gram, rewards
+        """Kernel values of rollouts and references, and the rewards: [B, K, N] or [B, K, G, N]."""
+        assert self.scorer is not None, "made whenever rollouts are sampled"
+        return self.scorer(inputs["input_ids"], rollouts, inputs["layout"])
 
     def compute_advantages(self, experience: Experience) -> Tensor:
         """Advantages [B, K, N] (every token of a rollout the same) or [B, K, N, G]; the KL's k1 estimate included."""
@@ -338,7 +334,7 @@ class EBFTTrainer(RecordedTrainer):
     def _record(self, objective: Objective, log_probs: LogProbs, loss: Tensor) -> None:
         recorder, inputs, experience = self.recorder, objective.inputs, objective.experience
         recorder.add(objective(log_probs)[1])
-        recorder.add({"loss": loss, "short": self._documents_without_block(inputs)})
+        recorder.add({"loss": loss, "short": documents_without_block(inputs)})
         advantages = objective.advantages
         if experience is None or advantages is None:
             recorder.keep_inputs(inputs)
@@ -350,10 +346,6 @@ class EBFTTrainer(RecordedTrainer):
         step = self.state.global_step + 1
         if self.saves_rollouts(step):
             recorder.rollout_rows += rollout_rows(inputs, experience, advantages, self.processing_class, step)
-
-    def _documents_without_block(self, inputs: dict[str, Any]) -> Tensor:
-        documents = (inputs["document_ids"] >= 0).sum().cpu()
-        return documents - len(noise.documents_with_blocks(inputs["layout"]))
 
     # --- evaluation ---
 
@@ -379,7 +371,7 @@ class EBFTTrainer(RecordedTrainer):
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))
             sums = cross_entropy_sums(document, inputs)
             experience = None
-            if layout.num_blocks and self.feature_network is not None:
+            if layout.num_blocks and self.scorer is not None:
                 rollouts = self.sample(inputs, purpose=noise.EVALUATION)
                 inputs["layout"] = layout.shortened(rollouts.tokens.shape[-1])
                 experience = self._experience(inputs, rollouts)
@@ -387,14 +379,8 @@ class EBFTTrainer(RecordedTrainer):
         statistics = evaluation_statistics(sums, EVALUATION_SUMS)
         if self._user_metrics is None:
             return None, statistics, inputs["labels"][:, :1]
-        references = layout.references(inputs["input_ids"])
-        predictions = references.new_full(
-            (*references.shape[:2], self.args.num_generations, references.shape[-1]), -100
-        )
-        if experience is not None:
-            tokens, mask = experience.rollouts.tokens, experience.rollouts.mask
-            there = layout.valid[..., None, None].to(tokens.device) & (True if mask is None else mask)
-            predictions[..., : tokens.shape[-1]] = tokens.where(there, -100)
+        rollouts = None if experience is None else experience.rollouts
+        predictions, references = predictions_of(inputs["input_ids"], layout, rollouts, self.args.num_generations)
         return None, (statistics, predictions), references
 
     def _evaluation_metrics(self, prediction) -> dict[str, float]:

@@ -42,7 +42,7 @@ SETTINGS = (
     *("rollout", "max_length", "context_length", "stride", "completion_length", "max_completion_length"),
     *("num_generations", "max_blocks"),
     *("packing", "document_masking", "temperature", "top_p", "top_k"),
-    *("pooling", "feature_norm", "whitening", "advantage_estimator"),
+    *("pooling", "feature_norm", "kernel", "whitening", "advantage_estimator"),
     *("rl_coef", "ce_coef", "beta", "alignment_coef", "diversity_coef", "learning_rate", "lr_scheduler_type"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16", "seed"),
     *("gradient_checkpointing", "output_dir"),
@@ -98,7 +98,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
         adapter = get_peft_config(model)
         policy = models.load_policy(name, args, adapter, get_quantization_config(model))
         network = None
-        if args.rl_coef or evaluates:
+        if (args.rl_coef or evaluates) and args.kernel != "ngram":
             source = args.feature_model_name_or_path
             network = models.load_feature_network(policy, args, source, tokenizer)
         needed = args.beta and args.rl_coef
@@ -166,16 +166,11 @@ def _model(policy: nn.Module, network: FeatureNetwork | None, args: EBFTConfig) 
         return section | {"feature network": None}
     source = args.feature_model_name_or_path or "the base model"
     shared = ", adapters off: no copy" if network.model is policy else ""
-    size = network.decoder.config.get_text_config().hidden_size
-    if network.reduction == "concat":
-        size *= len(network.layer_indices)
-    if network.pooling == "concat":
-        size *= args.completion_length
     return section | {
         "feature network": source + shared,
         "feature layers": network.layer_indices,
         "of so many layers": _depth(network),
-        "feature size": size,
+        "feature size": network.size(args.completion_length),
     }
 
 

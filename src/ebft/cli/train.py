@@ -44,6 +44,7 @@ often used, with their defaults:
   --max_length 1024                  tokens per document; longer text is split
   --stride 8  --context_length 8  --completion_length 8  --num_generations 4
   --rl_coef 1  --ce_coef 0.03        weights of feature matching and cross-entropy
+  --kernel linear                    which statistic is matched: also rbf, energy, characteristic, ngram
   --eval_strategy no                 `steps` (with --eval_steps N) and `epoch` evaluate on the test split, or on
                                      --eval_dataset_name DATA or --eval_split_size 0.05; with these, default: epoch
   --num_processes 1                  more run under `accelerate launch`

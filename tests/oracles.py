@@ -78,7 +78,8 @@ def kernel_value(x, y, name: str, bandwidths=(), frequencies=None, sizes=()) -> 
         total = 0.0
         for m in sizes:
             counts = [Counter(tuple(v[i : i + m]) for i in range(len(v) - m + 1)) for v in (x, y)]
-            total += sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / (len(x) - m + 1)
+            windows = math.sqrt(max(1, len(x) - m + 1) * max(1, len(y) - m + 1))
+            total += sum(counts[0][gram] * counts[1][gram] for gram in counts[0]) / windows
         return total / len(sizes)
     if name == "linear":
         return sum(a * b for a, b in zip(x, y, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import oracles
+import step_oracle
 from ebft import BlockLayout, FeatureNetwork, block_log_probs
 from ebft.cli.arguments import parse
 from ebft.cli.plan import make_plan
@@ -317,3 +318,16 @@ def test_command_line(tmp_path):
     assert 1 <= evaluation["eval_completions/mean_length"] <= 12
     plan = make_plan(parse([*words, "--output_dir", str(tmp_path / "other")], "plan"))
     assert plan["settings"]["rollout"] == "completion" and plan["update"]["generated tokens"] > 0
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "energy", "characteristic", "ngram"])
+def test_step_with_a_kernel(tmp_path, kernel):
+    """Completions of several lengths, under every kernel."""
+    run, plain = run_case(tmp_path, kernel=kernel)
+    args = run.trainer.args
+    groups = read_rollouts(tmp_path)
+    value = step_oracle.kernel_of(run.trainer.kernel_record)
+    expected = step_oracle.step_loss(plain, plain, plain, oracle_documents(rows()), groups, args, value)
+    after = step_oracle.sgd_step(plain, expected["loss"], args.learning_rate, args.max_grad_norm)
+    assert relative_error(run.weights[0], run.weights[1], after) < 1e-5
+    assert run.metrics[0]["feature_matching_loss"] == pytest.approx(float(expected["feature_matching_loss"]), rel=1e-6)

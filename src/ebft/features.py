@@ -138,9 +138,8 @@ class FeatureNetwork:
         """Pooled features of the first `lengths` [...] of some tokens [..., S, d]: [..., D]."""
         if self.pooling == "last_token":
             at = (lengths - 1)[..., None, None]
-            return self._token_features([h.gather(-2, at.expand(*at.shape[:-1], h.shape[-1])) for h in taps]).squeeze(
-                -2
-            )
+            last = [h.gather(-2, at.expand(*at.shape[:-1], h.shape[-1])).squeeze(-2) for h in taps]
+            return self._token_features(last)
         features = self._token_features(taps)
         inside = torch.arange(features.shape[-2], device=features.device) < lengths[..., None]
         return features.where(inside[..., None], 0).sum(-2) / lengths[..., None]
@@ -254,7 +253,7 @@ def _share_equal_rollouts(features: Tensor, tokens: Tensor, steps: slice) -> Ten
 
 
 def _share_equal_completions(features: Tensor, tokens: Tensor) -> Tensor:
-    """Give completions with the same tokens [B, K, N, G], zeros behind their ends, the features [B, K, N, D] of one."""
+    """Give completions of equal tokens [B, K, N, G], zeros behind their ends, the features [B, K, N, D] of one."""
     agree = (tokens[:, :, :, None] == tokens[:, :, None]).all(-1)
     return features.gather(2, agree.int().argmax(3)[..., None].expand_as(features))
 

@@ -76,8 +76,8 @@ def _check_numbers(args: Any) -> None:
     length = "completion_length" if args.rollout == "blocks" else "max_completion_length"
     if args.kernel == "ngram" and not 1 <= min(args.ngram_sizes) <= max(args.ngram_sizes) <= args.rollout_length:
         raise ValueError(
-            f"ngram_sizes={args.ngram_sizes} must be from 1 to {length}={args.rollout_length}: remove what is outside, "
-            f"or raise {length}."
+            f"ngram_sizes={args.ngram_sizes} must be from 1 to {length}={args.rollout_length}: remove what is "
+            f"outside, or raise {length}."
         )
 
 

@@ -96,7 +96,6 @@ def ngram_gram(tokens: Tensor, reference: Tensor, sizes: Sequence[int]) -> Gram:
             f"reference has shape {tuple(reference.shape)} beside tokens {tuple(tokens.shape)}: pass tokens "
             "[..., n, G] and reference [..., G]."
         )
-    G = tokens.shape[-1]
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes={list(sizes)}: give sizes of at least 1 token.")
     group = torch.cat([tokens, reference.unsqueeze(-2)], dim=-2)

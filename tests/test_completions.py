@@ -320,7 +320,7 @@ def test_command_line(tmp_path):
     assert plan["settings"]["rollout"] == "completion" and plan["update"]["generated tokens"] > 0
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "energy", "characteristic", "ngram"])
+@pytest.mark.parametrize("kernel", ["rbf", "energy", "characteristic"])
 def test_step_with_a_kernel(tmp_path, kernel):
     """Completions of several lengths, under every kernel."""
     run, plain = run_case(tmp_path, kernel=kernel)

@@ -209,6 +209,20 @@ def test_shapes_are_refused(name):
         ngram_gram(torch.zeros(3, 4, D), torch.zeros(3, 2), (1,))
 
 
+def test_ngrams_of_completions_that_end():
+    """Each to its own end: negative ids stand where there is no token, and match nothing, not even each other."""
+    rows = [[5, 6, 5, 6, 5], [5, 6], [6], [5, 6, 7, 5], []]
+    sizes, longest = (1, 2, 3), 6
+    ids = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in rows])
+    gram = ngram_gram(ids[:-1], ids[-2], sizes)
+    kernel = partial(oracles.kernel_value, name="ngram", sizes=sizes)
+    expected = torch.tensor([[kernel(np.array(x), np.array(y)) for y in rows[:-1]] for x in rows[:-1]])
+    torch.testing.assert_close(gram.rollouts, expected.double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gram.cross, expected[:, -1].double(), rtol=1e-12, atol=0)
+    assert gram.reference == gram.rollouts[-1, -1]
+    assert not ngram_gram(ids[:-1], ids[-1], sizes).cross.any()
+
+
 @pytest.mark.parametrize("sizes", [(), (0,), (1, -1)])
 def test_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="give sizes of at least 1 token"):

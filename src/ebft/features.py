@@ -89,8 +89,8 @@ class FeatureNetwork:
         steps = slice(G - 1, G) if self.pooling == "last_token" else slice(0, G)  # only what is pooled is gathered
         at_reference = (anchors[..., None] + torch.arange(G, device=device)[steps]).clamp(max=layout.length - 1)
         rows = torch.arange(B, device=device)[:, None, None]
-        reference = self._token_features([h[:, : layout.length][rows, at_reference] for h in taps])
-        generated = self._token_features([h[:, layout.length :].unflatten(1, (K, N, G))[:, :, :, steps] for h in taps])
+        reference = self.token_features([h[:, : layout.length][rows, at_reference] for h in taps])
+        generated = self.token_features([h[:, layout.length :].unflatten(1, (K, N, G))[:, :, :, steps] for h in taps])
 
         generated = _share_equal_rollouts(generated, tokens, steps)
         generated, reference = self._pool(generated), self._pool(reference)
@@ -110,8 +110,8 @@ class FeatureNetwork:
                 lambda: decode(self.decoder, ids, plan, position_ids).last_hidden_state,
             )
 
-    def _token_features(self, taps: list[Tensor]) -> Tensor:
-        """Normalise and reduce over layers: each [..., d] -> [..., D]."""
+    def token_features(self, taps: list[Tensor]) -> Tensor:
+        """Features of single tokens, before pooling: each layer's hidden states [..., d] -> [..., D]."""
         states = [at_least_float32(tap) for tap in taps]
         if self.norm == "per_layer":
             states = [nn.functional.normalize(h, dim=-1) for h in states]

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
+from transformers import BertConfig, BertLMHeadModel
 from trl import SFTConfig
 
 import oracles
@@ -25,6 +27,7 @@ from trl_setup import EOS, grpo_config, rloo_config, slow_features, word_model, 
 
 PROMPTS = ["a b"] * 3 + ["c a d e b"] * 3
 REFERENCES = ["b c"] * 3 + ["a a a"] * 3
+BERT = BertConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8)
 COMPLETION_IDS = [[0, 1, EOS], [2, 2, 2, 2], [0, 1, EOS], [EOS], [1, 0, 5, 6], [6, EOS]]
 CALL = {"prompts": PROMPTS, "completions": ["unread"] * 6, "completion_ids": COMPLETION_IDS}
 
@@ -49,10 +52,10 @@ def group_features(reward: FeatureMatchingReward, model, start: int) -> tuple[np
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_features_are_those_of_a_run_alone(family):
-    """Padding, batches and the cut above the highest tap change nothing; sliding windows are shorter than the rows."""
+    """Padding, batches and the cut above the highest tap change nothing; sliding windows are shorter than padding."""
     model, rows = tiny_model(family), rows_of([(9, 4), (2, 1), (12, 7), (1, 3), (3, 11)])
     network = load_network(model, word_tokenizer(), layers=(1, 0.75, 1.0), pooling="mean_pooling")
-    found = completion_features(network, rows, batch_size=2)
+    found = completion_features(network, rows, batch_size=4)
     tolerance = 1e-4 if family in FLOAT32_ONLY else 1e-6
     for row, features in zip(rows, found, strict=True):
         expected = slow_features(model, *map(list, row), pooling="mean_pooling", layers=(1, 3, 4))
@@ -73,8 +76,10 @@ def test_poolings_and_norms(pooling, norm):
 def test_equal_completions_have_equal_features_in_any_order(dtype):
     rows = rows_of([(4, 3), (9, 5), (2, 6), (30, 9)])
     rows += rows[:2]
-    network = load_network(tiny_model(dtype=dtype), word_tokenizer(), norm="none")
+    network, run = load_network(tiny_model(dtype=dtype), word_tokenizer(), norm="none"), []
+    network.decoder.register_forward_hook(lambda module, args, output: run.append(len(output.last_hidden_state)))
     found = completion_features(network, rows, batch_size=3)
+    assert run == [3, 1], "each is run once"
     assert torch.equal(found[4:], found[:2]) and not torch.equal(found[0], found[1])
     order = [5, 2, 0, 3, 4, 1]
     again = completion_features(network, [rows[i] for i in order], batch_size=2)
@@ -172,6 +177,17 @@ def test_references_of_text():
     assert tokens.is_whole((5, eos)) and not tokens.is_whole((eos, 5)) and not tokens.is_whole(())
 
 
+def test_references_of_text_do_not_start_a_text():
+    """Tokenizers that put a space before a text would put one between prompt and reference."""
+    tokenizer = byte_bpe_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokens = Tokens(tokenizer)
+    assert (
+        tokenizer.decode([*tokens.prompt("x ="), *tokens.reference("x =", "2", "row")])
+        == f" x =2{tokenizer.eos_token}"
+    )
+
+
 def test_references_of_messages():
     tokenizer = byte_bpe_tokenizer(chat_template=True)
     tokenizer.eos_token = "<|im_end|>"
@@ -257,42 +273,47 @@ def enumerated_policy() -> tuple[list[Tensor], Tensor]:
     return params, torch.stack(log_probs)
 
 
-def mean_gradient(reward: FeatureMatchingReward, kind: str, n: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Expected gradient of -A log p over all groups of n completions, each rewarded by the reward function itself."""
+def mean_and_exact_gradient(
+    kind: str, n: int, alignment_coef: float, diversity_coef: float, exact_diversity_coef: float, baseline: str
+) -> tuple[Tensor, Tensor]:
+    """Expected gradient of -A log p, completions rewarded by the reward itself, and that of a loss in closed form.
+
+    All completions of up to two words, EOS included, and all groups of n of them: there is no sampling noise.
+    """
+    model, args = word_model(seed=1), CONFIGS_OF[kind](num_generations=n, per_device_train_batch_size=n)
+    options = {"alignment_coef": alignment_coef, "diversity_coef": diversity_coef, "baseline": baseline}
     params, log_probs = enumerated_policy()
     groups = oracles.groups(len(COMPLETIONS), n)
     weights = log_probs.detach()[groups].sum(-1).exp()
     assert weights.sum().item() == pytest.approx(1.0, abs=1e-12)
     ids = [COMPLETIONS[i] for i in groups.flatten().tolist()]
-    rewards = reward(["a b"] * len(ids), [""] * len(ids), ids, reference=["c a"] * len(ids))
+    texts = [""] * len(ids)
+    rewards = word_reward(args, feature_model=model, **options)(
+        ["a b"] * len(ids), texts, ids, reference=["c a"] * len(ids)
+    )
     values = of_trainer(torch.tensor(rewards, dtype=torch.float64).view(-1, n), kind)
-    loss = -(weights[:, None] * values * log_probs[groups]).sum() / n
-    return flat_gradient(loss, params), params, log_probs
+    mean = flat_gradient(-(weights[:, None] * values * log_probs[groups]).sum() / n, params)
 
-
-@pytest.mark.parametrize(
-    ("kind", "n", "coefs"),
-    [("rloo", 3, (1.0, 1.0)), ("grpo", 3, (1.0, 1.0)), ("rloo", 3, (0.7, 0.4)), ("grpo", 4, (0.7, 0.4))],
-)
-def test_mean_gradient_is_that_of_the_feature_matching_loss(kind, n, coefs):
-    """All completions of up to two words, EOS included, and all groups of them: no sampling noise."""
-    alignment_coef, diversity_coef = coefs
-    args, model = CONFIGS_OF[kind](num_generations=n, per_device_train_batch_size=n), word_model(seed=1)
-    options = {"feature_model": model, "alignment_coef": alignment_coef, "diversity_coef": diversity_coef}
-    phi = torch.stack([slow_features(model, [0, 1], ids) for ids in COMPLETIONS])
+    phi = torch.stack([slow_features(model, [0, 1], completion) for completion in COMPLETIONS])
     ref = slow_features(model, [0, 1], [2, 0, EOS])
+    loss = oracles.quadratic_loss(log_probs.exp(), phi, ref, alignment_coef, exact_diversity_coef)
+    return mean, flat_gradient(loss, params)
 
-    def exact(diversity_coef: float, log_probs: Tensor, params: list[Tensor]) -> Tensor:
-        return flat_gradient(oracles.quadratic_loss(log_probs.exp(), phi, ref, alignment_coef, diversity_coef), params)
 
-    mean, params, log_probs = mean_gradient(word_reward(args, **options), kind, n)
-    expected = exact(diversity_coef, log_probs, params)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+@pytest.mark.parametrize("kind", CONFIGS_OF)
+@pytest.mark.parametrize(("n", "coefs"), [(3, (1.0, 1.0)), (3, (0.7, 0.4)), (2, (1.0, 0.0))])
+def test_mean_gradient_is_that_of_the_feature_matching_loss(kind, n, coefs):
+    mean, exact = mean_and_exact_gradient(kind, n, *coefs, coefs[1], "leave_one_out")
+    torch.testing.assert_close(mean, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
 
-    plain, params, log_probs = mean_gradient(word_reward(args, baseline="trainer", **options), kind, n)
-    shrunk = exact(diversity_coef * (n - 2) / (n - 1), log_probs, params) * (1 if kind == "rloo" else (n - 1) / n)
-    torch.testing.assert_close(plain, shrunk, rtol=0, atol=1e-6 * expected.abs().max().item())
-    assert (plain - expected).norm() > 0.02 * expected.norm()
+
+@pytest.mark.parametrize("kind", CONFIGS_OF)
+@pytest.mark.parametrize("n", [2, 3])
+def test_mean_gradient_of_the_trainers_own_baseline(kind, n):
+    """Diversity shrinks by (n - 2) / (n - 1), to nothing for n = 2; with GRPO's baseline, all of it by (n - 1) / n."""
+    mean, shrunk = mean_and_exact_gradient(kind, n, 1.0, 1.0, (n - 2) / (n - 1), "trainer")
+    scale = 1 if kind == "rloo" else (n - 1) / n
+    torch.testing.assert_close(mean, scale * shrunk, rtol=0, atol=1e-6 * shrunk.abs().max().item())
 
 
 # What cannot be used -------------------------------------------------------------------------------------------------
@@ -320,6 +341,7 @@ def test_mean_gradient_is_that_of_the_feature_matching_loss(kind, n, coefs):
             r"another vocabulary \(5 tokens\) than processing_class \(8\)",
         ),
         ({}, {"feature_model": lora_model()}, "feature_model has adapters"),
+        ({}, {"feature_model": BertLMHeadModel(BERT)}, "'bert' is not supported: it is an encoder"),
         ({}, {"processing_class": "words"}, "processing_class=str: pass the policy's tokenizer"),
         ({"num_generations": 2}, {}, "num_generations=2 with diversity_coef=1.0: both completions have the same"),
         ({"normalize_advantages": True}, {}, "normalize_advantages=True makes other advantages"),

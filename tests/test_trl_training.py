@@ -14,9 +14,10 @@ from torch import Tensor
 
 import oracles
 import trl_processes
+from ebft.integrations.tokens import Tokens
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
-from training import relative_error
+from training import relative_error, small_model
 from trl_setup import EOS, SETTINGS, slow_features, word_model, word_tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "trl_reward.py"
@@ -76,6 +77,23 @@ def test_step_is_that_of_leave_one_out(tmp_path, kind, micro_batches):
     sizes = dict(per_device_train_batch_size=12 // micro_batches, gradient_accumulation_steps=micro_batches)
     result = trl_processes.run(kind, tmp_path, **sizes)
     check_step(kind, result["seen"], result)
+
+
+@pytest.mark.parametrize("kind", trl_processes.CONFIGS)
+@pytest.mark.parametrize("conversational", [False, True])
+def test_prompts_have_the_tokens_that_the_trainer_samples_behind(tmp_path, kind, conversational):
+    """A reward function is not told them."""
+    tokenizer = byte_bpe_tokenizer(chat_template=conversational)
+    texts = ["the dog", "what is", "def add(a, b):\n", "a"]
+    if conversational:
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", "<|im_start|>' + name + '")
+    prompts = [[{"role": "user", "content": text}] for text in texts] if conversational else texts
+    settings = {"chat_template_kwargs": {"name": "me"}} if conversational else {}
+    rows = [{"prompt": prompt, "reference": "four"} for prompt in prompts]
+    model = small_model(dtype=torch.float32)
+    seen = trl_processes.run(kind, tmp_path, rows, model, tokenizer, **settings)["seen"]
+    tokens = Tokens(tokenizer, settings.get("chat_template_kwargs", {}))
+    assert {tuple(row[0]) for row in seen} == {tokens.prompt(prompt) for prompt in prompts}
 
 
 @pytest.mark.parametrize("kind", trl_processes.CONFIGS)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from datasets import Dataset
 from trl import GRPOTrainer, RLOOTrainer
 
-from trl_setup import grpo_config, rloo_config, word_model, word_reward, word_tokenizer
+from ebft.integrations.trl import FeatureMatchingReward
+from trl_setup import grpo_config, rloo_config, word_model, word_tokenizer
 
 ROWS = [
     {"prompt": "a b", "reference": "c a"},
@@ -32,8 +33,8 @@ STEP: dict[str, Any] = dict(
 )
 
 
-def run(kind: str, folder: Path, rows=ROWS, **settings) -> dict[str, Any]:
-    """Train; what was seen and what became of it.
+def run(kind: str, folder: Path, rows=ROWS, model=None, tokenizer=None, **settings) -> dict[str, Any]:
+    """Train a model of words or another; what was seen and what became of it.
 
     Returns:
         `seen`: prompt's tokens, completion's and advantage of each row of this process's forwards; `logs`; the weights
@@ -53,14 +54,15 @@ def run(kind: str, folder: Path, rows=ROWS, **settings) -> dict[str, Any]:
 
     loss_type = {"loss_type": "dr_grpo"} if kind == "grpo" else {}
     args = config(folder, **(STEP | loss_type | settings))
-    model = word_model(dtype=torch.float32)
+    phi = model or word_model(seed=1)
+    model, tokenizer = model or word_model(dtype=torch.float32), tokenizer or word_tokenizer()
     before = copy.deepcopy(model.state_dict())
     trainer = Recorded(
         model=model,
-        reward_funcs=word_reward(args),
+        reward_funcs=FeatureMatchingReward(phi, args, tokenizer, whitening="none"),
         args=args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=word_tokenizer(),
+        processing_class=tokenizer,
     )
     trainer.train()
     return {"seen": seen, "logs": trainer.state.log_history, "before": before, "after": model.state_dict()}

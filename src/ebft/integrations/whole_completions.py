@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from ..features import NORMS, REDUCTIONS, FeatureNetwork, decoder_up_to, layer_indices, tapped
 from ..forward import causal_lm
 from ..models import attention_options, load_config
+from ..support import check_config
 
 POOLINGS = ("last_token", "mean_pooling")  # the others need completions of one length
 
@@ -57,7 +58,8 @@ def load_network(
         dtype: Of the weights of a model given by name.
 
     Raises:
-        ValueError: A name or the model is unknown, or the model has adapters, another vocabulary or too few layers.
+        ValueError: A name or the model is unknown, or the model is of a kind that is not supported, has adapters,
+            another vocabulary or too few layers.
     """
     for field, value, allowed in (
         ("pooling", pooling, POOLINGS),
@@ -70,6 +72,7 @@ def load_network(
         raise ValueError("feature_model has adapters: give its base model, by name or as it was before them.")
     name = model if isinstance(model, str) else None
     config = causal_lm(model).config if name is None else load_config(name, "feature_model", revision=revision)
+    check_config(config)
     top = max(layer_indices(layers, config.get_text_config().num_hidden_layers))
     _check_vocabulary(config, name, revision, tokenizer)
     if name is None:
@@ -123,15 +126,14 @@ def completion_features(network: FeatureNetwork, completions: Sequence[Completio
 
 
 def _features_of(network: FeatureNetwork, batch: Sequence[Completion]) -> list[Tensor]:
-    """One causal run of rows padded on the right, where no token sees the padding; [D] each."""
+    """One run of a batch, [D] each."""
+    # Padded on the right, where a causal network's tokens do not see it: a mask would only rule out fast kernels.
     rows = [torch.tensor(prompt + completion) for prompt, completion in batch]
-    device = network.decoder.device
-    ids = pad_sequence(rows, batch_first=True).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+    ids = pad_sequence(rows, batch_first=True).to(network.decoder.device)
     taps = tapped(
         network.decoder,
         network.layer_indices,
-        lambda: network.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state,
+        lambda: network.decoder(input_ids=ids, use_cache=False).last_hidden_state,
     )
     features = []
     for index, completion in enumerate(batch):

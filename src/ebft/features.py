@@ -94,7 +94,7 @@ class FeatureNetwork:
             generated = _share_equal_completions(self._until_ends(generated, lengths.clamp(min=1)), tokens)
             return _where_valid(generated, valid), reference
         steps = self._pooled_steps(G)
-        generated = self._token_features([h[:, :, :, steps] for h in generated])
+        generated = self.token_features([h[:, :, :, steps] for h in generated])
         generated = self._pool(_share_equal_rollouts(generated, tokens, steps))
         if self.pooling == "token":
             generated = generated.transpose(2, 3)  # the group next to the features
@@ -125,7 +125,7 @@ class FeatureNetwork:
         rows = torch.arange(B, device=device)[:, None, None]
         states = [h[:, : layout.length][rows, at] for h in taps]
         if lengths is None:
-            features = self._pool(self._token_features(states))
+            features = self._pool(self.token_features(states))
         else:
             features = self._until_ends(states, lengths.to(device))
         return _where_valid(features, valid), valid
@@ -139,8 +139,8 @@ class FeatureNetwork:
         if self.pooling == "last_token":
             at = (lengths - 1)[..., None, None]
             last = [h.gather(-2, at.expand(*at.shape[:-1], h.shape[-1])).squeeze(-2) for h in taps]
-            return self._token_features(last)
-        features = self._token_features(taps)
+            return self.token_features(last)
+        features = self.token_features(taps)
         inside = torch.arange(features.shape[-2], device=features.device) < lengths[..., None]
         return features.where(inside[..., None], 0).sum(-2) / lengths[..., None]
 
@@ -161,8 +161,8 @@ class FeatureNetwork:
                 pack,
             )
 
-    def _token_features(self, taps: list[Tensor]) -> Tensor:
-        """Normalise and reduce over layers: each [..., d] -> [..., D]."""
+    def token_features(self, taps: list[Tensor]) -> Tensor:
+        """Features of single tokens, before pooling: each layer's hidden states [..., d] -> [..., D]."""
         states = [at_least_float32(tap) for tap in taps]
         if self.norm == "per_layer":
             states = [nn.functional.normalize(h, dim=-1) for h in states]

@@ -135,11 +135,16 @@ def check_named_feature_model(name: str, args) -> PreTrainedConfig:
 def _from_pretrained(name: str, args, dtype: torch.dtype, quantization_config=None) -> PreTrainedModel:
     config = check_named_policy(name, args)
     kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in ("dtype", "torch_dtype")}
-    if "attn_implementation" not in kwargs and config.model_type == "gemma2":
-        kwargs["attn_implementation"] = "eager"  # the only ordinary attention with its score cap
+    kwargs = attention_options(config) | kwargs
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     return _read_weights(name, config, dtype, kwargs)
+
+
+def attention_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """For `from_pretrained`: the ordinary attention that a family needs."""
+    # The only one with its score cap.
+    return {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
 
 
 def _read_weights(name: str, config: PreTrainedConfig, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:

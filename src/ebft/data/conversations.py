@@ -1,7 +1,7 @@
 """Conversations as documents: which tokens are an assistant turn's, behind the history that the model sees.
 
 The chat template decides. Its markers, or those of TRL's training version of it, say what the assistant's tokens are;
-what it makes of the messages before a turn, generation prompt included, is what the model sees when it writes the turn.
+what it makes of the messages before a turn, with its generation prompt, is what the model sees as it writes the turn.
 """
 
 import warnings

@@ -2,8 +2,8 @@
 
 Where the two differ on purpose: raw text longer than `max_length` is split, not cut; documents without a token to
 train on are dropped here, not carried along; a conversation whose chat template renders earlier turns otherwise when
-more follow becomes one document per assistant turn (`split_turns`); and TRL's training version of a template that marks
-nothing itself is used also without `assistant_only_loss`.
+more follow becomes one document per assistant turn (`split_turns`); and TRL's training version of a template that
+marks nothing itself is used also without `assistant_only_loss`.
 """
 
 import warnings
@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from ebft.data.conversations import ConversationEncoder, behind_prompt, conversation_encoder
 from ebft.data.encoded import Encoded, describe, from_tokens
 from ebft.data.formats import Format, are_messages, column_names, detect_format, first_row
-from ebft.data.notes import CUT, DROPPED, REASONED, SHIFTED, SHORT, SPLIT, document_features, number, number_stream
+from ebft.data.notes import (
+    CUT,
+    DROPPED,
+    NO_ANSWER,
+    REASONED,
+    SHIFTED,
+    SHORT,
+    SPLIT,
+    document_features,
+    number,
+    number_stream,
+)
 from ebft.data.reasoning import check_tags, without_reasoning
 
 if TYPE_CHECKING:
@@ -201,7 +212,8 @@ class _Encoder:
             loss_mask = [0, *encoded.trained[piece][1:]]
             notes = encoded.notes
             if not any(loss_mask):
-                notes |= REASONED if encoded.hidden else SHORT if encoded.raw else DROPPED
+                why = REASONED if encoded.hidden else SHORT if encoded.raw else DROPPED
+                notes = notes & ~NO_ANSWER | why
             elif start == 0 and len(ids) > limit:
                 notes |= SPLIT if encoded.raw else CUT
             documents.append((ids[piece], encoded.completion_mask[piece], loss_mask, notes))

@@ -100,6 +100,17 @@ def test_masks_of_strings_token_by_token(case, special):
     assert document["completion_mask"] == document["loss_mask"] == expected["mask"]
 
 
+def test_a_token_that_joins_a_tag_with_other_text_is_reasoning():
+    tokenizer = tokenizer_with()
+    text = "see the dog: hm hm /the quick fox" + EOS
+    assert {" dog", "the"} <= {tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]}
+    (document,) = tokenize([{"text": text}], tokenizer, reasoning_tags=("og:", "/t"))
+    expected = flagged(tokenizer, *parts(("see the d", 1), ("og: hm hm /t", 0), ("he quick fox" + EOS, 1)))
+    assert document["completion_mask"] == expected["mask"]
+    pairs = zip(document["input_ids"], document["completion_mask"], strict=True)
+    assert tokenizer.decode([token for token, answer in pairs if answer]) == "see the quick fox" + EOS
+
+
 def test_reasoning_content_of_a_message():
     tokenizer = tokenizer_with()
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
@@ -183,33 +194,35 @@ def test_no_block_in_or_across_reasoning(kind):
     assert references(documents) == expected
 
 
-ALPHABET = ["<think>", "</think>", "a", " b", "\n", "\u00e9"]
-
-
-@given(pieces=st.lists(st.sampled_from(ALPHABET), max_size=12), begin=st.integers(0, 20), size=st.integers(0, 60))
-@settings(max_examples=200, deadline=None)
-def test_spans_character_by_character(pieces, begin, size):
+@given(
+    tags=st.sampled_from([TAGS, ("ab", "bc")]),  # of which the second may overlap
+    pieces=st.lists(st.integers(0, 5), max_size=12),
+    begin=st.integers(0, 20),
+    size=st.integers(0, 60),
+)
+@settings(max_examples=300, deadline=None)
+def test_spans_character_by_character(tags, pieces, begin, size):
     """A reader that goes through the answer once, and knows at each character whether it is thinking."""
-    text = "".join(pieces)
+    text = "".join([*tags, "a", " c", "\n", "\u00e9"][piece] for piece in pieces)
     begin = min(begin, len(text))
     end = min(begin + size, len(text))
     answer = text[begin:end]
-    opens, closes = answer.find(TAGS[0]), answer.find(TAGS[1])
+    opens, closes = answer.find(tags[0]), answer.find(tags[1])
     thinking = closes >= 0 and (opens < 0 or closes < opens)
     expected, at = set(), 0
     while at < len(answer):
         step = 1
-        if not thinking and answer.startswith(TAGS[0], at):
-            thinking, step = True, len(TAGS[0])
+        if not thinking and answer.startswith(tags[0], at):
+            thinking, step = True, len(tags[0])
             expected |= set(range(at, at + step))
-        elif thinking and answer.startswith(TAGS[1], at):
-            step = len(TAGS[1])
+        elif thinking and answer.startswith(tags[1], at):
+            step = len(tags[1])
             expected |= set(range(at, at + step))
             thinking = False
         elif thinking:
             expected.add(at)
         at += step
-    spans = reasoning_spans(text, begin, end, TAGS)
+    spans = reasoning_spans(text, begin, end, tags)
     assert {i - begin for a, b in spans for i in range(a, b)} == expected
 
 

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
+from .data.reasoning import check_tags
 from .extras import require
 from .features import NORMS, POOLINGS, POOLINGS_OF_COMPLETIONS, REDUCTIONS
 from .kernel_options import check_kernel, default_whitening
@@ -94,7 +95,8 @@ class EBFTConfig(TrainingArguments):
     top_p: float = _setting(1.0, "Sample from the likeliest tokens of this mass (log-probs likewise); 1: all.")
     anchors: str | None = _setting(
         None,
-        "Blocks in the `completion` only, or over `all` of a document. Default: by whether there is a prompt.",
+        "Blocks in the `completion` only (of conversations: in assistant turns), or over `all` of a document. "
+        "Default: by whether there is a prompt or a conversation.",
         ANCHORS,
     )
     max_blocks: int | None = _setting(None, "Random subset of at most so many blocks per document, new at each visit.")
@@ -129,6 +131,18 @@ class EBFTConfig(TrainingArguments):
         None, "Cross-entropy on completions only. Default: where there is a prompt. As in TRL."
     )
     assistant_only_loss: bool = _setting(False, "Cross-entropy on assistant turns only. As in TRL.")
+    split_turns: bool | None = _setting(
+        None,
+        "Each assistant turn is a document of its own, behind the history that the model sees at inference. Default: "
+        "only in conversations where the chat template renders that history otherwise when more follow.",
+    )
+    reasoning_tags: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Opening and closing tag (<think> </think>) of reasoning, which stays as context: no "
+            "cross-entropy on it, no block in it or across it. Default: none."
+        },
+    )
     dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
 
     # --- objective ---
@@ -294,6 +308,12 @@ class EBFTConfig(TrainingArguments):
         if self.rollout == "completion":
             self._check_completions()
         self._check_vllm()
+        check_tags(self.reasoning_tags)
+        if self.reasoning_tags and self.anchors == "all":
+            raise ValueError(
+                f"anchors='all' would start blocks in the reasoning that reasoning_tags={self.reasoning_tags} leaves "
+                "out: leave anchors unset or set anchors: completion."
+            )
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
         n = self.num_generations

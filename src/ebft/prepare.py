@@ -34,7 +34,7 @@ def prepare_datasets(
         raise ValueError("train_dataset and eval_dataset are both missing: pass at least one.")
 
     def prompts_of(dataset) -> bool:
-        return has_prompt(dataset, assistant_only_loss=args.assistant_only_loss, formatting_func=formatting_func)
+        return has_prompt(dataset, reasoning_tags=args.reasoning_tags, formatting_func=formatting_func)
 
     anchors = args.anchors
     if anchors is None:
@@ -56,6 +56,9 @@ def prepare_datasets(
             max_length=args.max_length,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
+            split_turns=args.split_turns,
+            reasoning_tags=args.reasoning_tags,
+            needs_turns=anchors == "completion" and bool(args.rl_coef),
             formatting_func=formatting_func,
             num_proc=args.dataset_num_proc,
             dataset_label=label,

@@ -96,6 +96,13 @@ def prompts_of(dataset: Any, tokenizer: Any, max_length: int, label: str) -> Any
     Raises:
         ValueError: The rows have no prompts, or none leaves room.
     """
+    for column in ("messages", "conversations"):
+        if column in dataset.column_names and "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"{label} holds `{column}`: RLVR completes one prompt per row, and a conversation may have several "
+                "turns. Give each turn as a row of `prompt` (its history as a string) and `completion`, or choose "
+                "method: sft or ebft."
+            )
     if "prompt" not in dataset.column_names or not has_prompt(dataset):
         raise ValueError(
             f"{label} has the columns {dataset.column_names}: RLVR rewards completions of prompts, and text without "
@@ -103,7 +110,10 @@ def prompts_of(dataset: Any, tokenizer: Any, max_length: int, label: str) -> Any
         )
     first = dataset[0]["prompt"]
     if not isinstance(first, str):
-        raise ValueError(f"{label}: `prompt` is {type(first).__name__}: for method: rlvr make it a string.")
+        raise ValueError(
+            f"{label}: `prompt` is {type(first).__name__}: for method: rlvr make it a string (of messages: what the "
+            "chat template renders, with its generation prompt)."
+        )
     dataset = dataset.add_column(DOCUMENT, list(range(len(dataset))))
     kept = dataset.filter(lambda row: len(tokenizer(text=row["prompt"])["input_ids"]) < max_length)
     if not len(kept):

@@ -13,7 +13,10 @@ Config = TypeVar("Config", SFTConfig, RLOOConfig)
 
 # Settings of ours that are not transformers' and that a method reads; the others would do nothing.
 READ_BY = {
-    "sft": ("model_init_kwargs", "max_length", "completion_only_loss", "assistant_only_loss", "dataset_num_proc"),
+    "sft": (
+        *("model_init_kwargs", "max_length", "completion_only_loss", "assistant_only_loss", "split_turns"),
+        *("reasoning_tags", "dataset_num_proc"),
+    ),
     "rlvr": (
         *("model_init_kwargs", "max_length", "num_generations", "temperature", "top_k", "top_p", "beta"),
         "rollout_save_steps",

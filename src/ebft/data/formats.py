@@ -1,6 +1,6 @@
 """Which of TRL's dataset formats a dataset has, read from its columns, and a row's messages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 if TYPE_CHECKING:
@@ -39,20 +39,20 @@ def detect_format(dataset: "Dataset | IterableDataset", dataset_label: str = "tr
 def has_prompt(
     dataset: "Dataset | IterableDataset",
     *,
-    assistant_only_loss: bool = False,
+    reasoning_tags: Sequence[str] = (),
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
 ) -> bool:
     """Whether `completion_mask` sets answers apart from prompts: the default anchors are then the completions'.
 
-    True for prompt-completion rows, for conversations whose assistant turns are marked (`assistant_only_loss`) and
-    for tokenised rows that bring a `completion_mask` or `labels`.
+    True for prompt-completion rows, for conversations, for tokenised rows that bring a `completion_mask` or `labels`,
+    and for any text whose reasoning is left out.
     """
     columns = column_names(dataset)
     if "input_ids" in columns:
         return "completion_mask" in columns or "labels" in columns
-    if formatting_func is not None:
-        return False
-    return assistant_only_loss or detect_format(dataset) == "prompt_completion"
+    if reasoning_tags:
+        return True
+    return formatting_func is None and detect_format(dataset) in ("prompt_completion", "messages")
 
 
 def column_names(dataset: "Dataset | IterableDataset", dataset_label: str = "train_dataset") -> list[str]:

@@ -17,6 +17,8 @@ SETTINGS_OF = {
         "dataset_test_split",
         "max_documents",
         "max_length",
+        "split_turns",
+        "reasoning_tags",
         "metrics",
         "lengths",
         "num_generations",
@@ -82,6 +84,12 @@ class EvaluationConfig:
     max_length: int | None = _setting(
         None, "Longest document, in tokens. Default: 1024, or as long as the models allow."
     )
+    split_turns: bool | None = _setting(
+        None,
+        "Each assistant turn is a document of its own, behind the history that the model sees. Default: as in "
+        "training.",
+    )
+    reasoning_tags: list[str] = _setting([], "Opening and closing tag of reasoning, which stays as context.")
     metrics: list[str] = _setting(list(MEASURES), f"Measures of the documents: {', '.join(MEASURES)}.")
     lengths: list[int] = _setting(
         [], "Completion lengths of the rollouts. Default: 1, 2, 4, ... 64, as far as they fit."
@@ -157,6 +165,10 @@ class EvaluationConfig:
                 raise ValueError(f"language_names: {pair!r} is not CODE=NAME, such as gsw=Alemannic.")
         if len(set(map(repr, self.feature_layers))) < len(self.feature_layers):
             raise ValueError(f"feature_layers={self.feature_layers}: one is there twice: remove it.")
+        if self.reasoning_tags:
+            from ..data.reasoning import check_tags  # its package imports torch
+
+            check_tags(self.reasoning_tags)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32.")
         if not 0 < self.time_limit < inf:

@@ -14,8 +14,8 @@ def random_contexts(
     """At most `per_document` contexts of each row; a function of the seed and the document alone.
 
     Never at a fixed distance from the document's end: the last tokens of such references would be the document's
-    last words and its EOS, and no draws from what follows the context. The place whose reference ends with the
-    document is left out for the same reason, unless it is the only one.
+    last words and its EOS, and no draws from what follows the context. A place whose reference ends with the document,
+    or with its turn of a conversation, is left out for the same reason, unless it is the first.
 
     Args:
         batch: Of `batches_of`.
@@ -28,11 +28,13 @@ def random_contexts(
     if not everywhere.num_blocks:
         return everywhere
     keep = torch.zeros_like(everywhere.valid)
-    ids = batch["document_ids"][:, 0].tolist()
-    for row, (count, document_id) in enumerate(zip(everywhere.valid.sum(-1).tolist(), ids, strict=True)):
+    _, ends = completion_borders(batch["completion_mask"].cpu(), batch["doc_ids"].cpu())
+    last = (everywhere.anchors + completion_length - 1).clamp(max=ends.shape[1] - 1)
+    inner = everywhere.valid & ~ends.gather(1, last)
+    for row, document_id in enumerate(batch["document_ids"][:, 0].tolist()):
         rng = noise.document_rng(seed, noise.CONTEXTS, 0, document_id)
-        others = 1 + rng.permutation(max(count - 2, 0))[: per_document - 1]
-        keep[row, torch.tensor([0, *others])] = count > 0
+        others = rng.permutation(1 + inner[row, 1:].nonzero().flatten().numpy())[: per_document - 1]
+        keep[row, torch.tensor([0, *others])] = True
     return everywhere.select(keep)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,18 +39,32 @@ class DocumentSuite(Suite):
         if config.max_documents is not None:
             dataset = dataset.select(range(min(len(dataset), config.max_documents)))
         label = f"dataset_name={name!r}"
-        options: dict[str, Any] = {"max_length": max_length, "dataset_label": label, "with_rows": True}
-        self.documents: list[Any] = list(tokenize_documents(dataset, self.tokenizer, **options))
-        for document in self.documents:
-            row = dataset[document.pop("row")]
-            if {"prompt", "completion"} <= row.keys():
-                # In which tokens it ends depends on the answer.
-                document["prompt"] = json.dumps([row.get(x) for x in ("prompt", "tools", "chat_template_kwargs")])
         self.settings = config.document_settings((1,))
+        options: dict[str, Any] = {"max_length": max_length, "dataset_label": label, "with_rows": True}
+        options |= {name: getattr(config, name) for name in ("split_turns", "reasoning_tags")}
+        options["needs_turns"] = self.settings.samples
+        self.documents: list[Any] = list(tokenize_documents(dataset, self.tokenizer, **options))
+        self._name_prompts(dataset)
         if self.settings.samples:
             lengths = fitting_lengths(self.documents, config.lengths, config.context_length)
             self.settings = config.document_settings(lengths)
         self.axes = self.settings.axes
+
+    def _name_prompts(self, dataset: Any) -> None:
+        """Give documents the text of their prompt: in which tokens that ends depends on the answer.
+
+        Not where an answer stands behind more than that: behind earlier turns, or behind its own reasoning.
+        """
+        rows = [document.pop("row") for document in self.documents]
+        documents = Counter(rows)
+        for index, document in zip(rows, self.documents, strict=True):
+            row = dataset[index]
+            if (
+                {"prompt", "completion"} <= row.keys()
+                and documents[index] == 1
+                and not self.session.config.reasoning_tags
+            ):
+                document["prompt"] = json.dumps([row.get(x) for x in ("prompt", "tools", "chat_template_kwargs")])
 
     def _max_length(self) -> int:
         """Tokens of a document, which all models and the feature network can take."""

@@ -1,4 +1,4 @@
-"""Completions sampled by vLLM through TRL's wrapper, with a stand-in for the package: weights, prompts, a whole step."""
+"""Completions sampled by vLLM through TRL's wrapper, with a stand-in for the package: weights, prompts, a step."""
 
 import copy
 import importlib.machinery

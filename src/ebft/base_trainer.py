@@ -21,8 +21,10 @@ from .artifacts import (
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .config import EBFTConfig
 from .features import FeatureNetwork
+from .forward import causal_lm
 from .memory_guard import MemoryGuard
 from .metrics import means
+from .moving_average import MovingAverage
 from .recorder import StepRecorder
 from .scoring import Scorer, kernel_of, resumed_kernel
 
@@ -50,6 +52,7 @@ class RecordedTrainer(Trainer):
         self.recorder = StepRecorder()
         self.run_description: dict[str, Any] = {"model_name_or_path": base_name} if base_name else {}
         self.feature_network_record: dict[str, Any] | None = None
+        self.average: MovingAverage | None = None
         self.kernel_record: dict[str, Any] | None = None
         self.scorer: Scorer | None = None
         self.memory = MemoryGuard(kwargs["args"], kwargs["model"], self.feature_network, self.reference_model)
@@ -89,6 +92,13 @@ class RecordedTrainer(Trainer):
         if self.is_world_process_zero():
             print("Kernel: " + ", ".join(f"{k} {v}" for k, v in record.items() if k != "sha256"))
 
+    def follow_policy(self) -> None:
+        """Make the feature network the policy's moving average, and a part of every checkpoint."""
+        assert self.feature_network is not None
+        decoders = self.feature_network.decoder, causal_lm(self.model).base_model
+        self.average = MovingAverage(*decoders, self.args.feature_ema_decay)
+        self.add_callback(self.average)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
 
@@ -117,6 +127,8 @@ class RecordedTrainer(Trainer):
         self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
         if resume_from_checkpoint:
             self.args.eval_on_start = False  # the unbroken run does not evaluate here
+            if self.average is not None:
+                self.average.load(resume_from_checkpoint)
         self.memory.check_dataset(self.train_dataset, self.anchors)
         with self.memory.explained():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -241,6 +253,8 @@ class RecordedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with our model card beside the weights (peft leaves an empty one)."""
         super().save_model(output_dir, _internal_call)
+        if self.average is not None and _internal_call and self.is_world_process_zero():
+            self.average.save(output_dir or self.output_dir)
         self._write_card(Path(output_dir or self.output_dir))
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:

@@ -20,6 +20,7 @@ from .rewards import ALIGNMENTS, WHITENINGS
 
 ANCHORS = ("completion", "all")
 ROLLOUTS = ("blocks", "completion")
+FEATURE_NETWORKS = ("pretrained", "random", "ema")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -65,6 +66,13 @@ class EBFTConfig(TrainingArguments):
         None, "The frozen feature network. Default: the base model (adapters off with LoRA, else a copy)."
     )
     feature_model_revision: str | None = _setting(None, "Branch, tag or commit of the feature network on the Hub.")
+    feature_network: str = _setting(
+        "pretrained",
+        "Its weights: those of the model it is; `random`, never trained, of the same shape; or `ema`, the moving "
+        "average of the policy's.",
+        FEATURE_NETWORKS,
+    )
+    feature_ema_decay: float = _setting(0.99, "Of feature_network: ema; what remains of the average at each step.")
     # Strings, so that on the command line 1 (an index) and 1.0 (a fraction) stay apart; numbers after __post_init__.
     feature_layers: list[str] = field(
         default_factory=lambda: ["0.25", "0.5", "0.75"],
@@ -308,6 +316,7 @@ class EBFTConfig(TrainingArguments):
         if self.rollout == "completion":
             self._check_completions()
         self._check_vllm()
+        self._check_feature_network()
         check_tags(self.reasoning_tags)
         if self.reasoning_tags and self.anchors == "all":
             raise ValueError(
@@ -349,6 +358,27 @@ class EBFTConfig(TrainingArguments):
         for name in ("random_anchor_offset", "reuse_sampling_forward"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} is for rollout: blocks: leave it unset.")
+
+    def _check_feature_network(self) -> None:
+        if not 0 < self.feature_ema_decay < 1:
+            raise ValueError(f"feature_ema_decay={self.feature_ema_decay} must be in (0, 1).")
+        if self.feature_network != "ema":
+            if self.feature_ema_decay != type(self).feature_ema_decay:
+                raise ValueError(
+                    f"feature_ema_decay={self.feature_ema_decay} does nothing with feature_network="
+                    f"'{self.feature_network}': leave it unset, or set feature_network: ema."
+                )
+            return
+        if self.feature_model_name_or_path is not None:
+            raise ValueError(
+                f"feature_model_name_or_path='{self.feature_model_name_or_path}' with feature_network='ema', which is "
+                "the policy's own average: keep one of the two."
+            )
+        if self.fsdp or self.deepspeed:
+            raise ValueError(
+                "feature_network='ema' needs the policy's whole weights on every process, which FSDP and DeepSpeed "
+                "shard: use pretrained or random."
+            )
 
     def _check_vllm(self) -> None:
         if not self.use_vllm:

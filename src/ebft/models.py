@@ -242,7 +242,11 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
     if isinstance(source, FeatureNetwork):
         return source
     options = {"pooling": args.pooling, "norm": args.feature_norm, "reduction": args.feature_reduction}
-    if source is None and hasattr(policy, "peft_config"):
+    if hasattr(policy, "peft_config") and source is None and args.feature_network != "random":
+        if args.feature_network == "ema":
+            raise ValueError(
+                "feature_network='ema' averages trained weights, and an adapter's base is not trained: use pretrained."
+            )
         check_adapters_off_is_base(policy)
         return FeatureNetwork(policy, args.feature_layers, **options)
     lm = causal_lm(policy if source is None or isinstance(source, str) else source)
@@ -253,12 +257,24 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
     elif source is not None:
         check_same_vocabulary(config, config.name_or_path or type(lm).__name__, causal_lm(policy).config)
     top = max(layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers))
-    if isinstance(source, str):
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
+    rounds = args.bf16 and args.feature_network != "ema"  # an average moves by less than bfloat16's rounding
+    if args.feature_network == "random":
+        lm = _untrained(config, args.seed)
+    elif isinstance(source, str):
+        dtype = torch.bfloat16 if rounds else torch.float32
         lm = _read_weights(source, config, dtype, {"revision": args.feature_model_revision})
     decoder = decoder_up_to(lm.base_model, top)
     decoder = copy.deepcopy(decoder).requires_grad_(False)
-    return FeatureNetwork(_to_bfloat16(decoder) if args.bf16 else decoder, args.feature_layers, **options)
+    return FeatureNetwork(_to_bfloat16(decoder) if rounds else decoder, args.feature_layers, **options)
+
+
+def _untrained(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model of that shape as it is before any training: a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, **attention_options(config))
+    lm.config.name_or_path = f"{config.name_or_path or type(lm).__name__}, untrained, seed {seed}"
+    return lm
 
 
 def describe_feature_network(network: FeatureNetwork) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from trl import SFTConfig
 
 import oracles
 from ebft import advantages
+from ebft.completion_features import Completion, completion_features
+from ebft.integrations.feature_network import load_network
 from ebft.integrations.tokens import Tokens
 from ebft.integrations.trl import FeatureMatchingReward
 from ebft.integrations.trl_settings import leave_one_out_factors
-from ebft.integrations.whole_completions import Completion, completion_features, load_network
 from ebft.rewards import Rewards, feature_matching_rewards
 from enumeration import flat_gradient
 from test_logprobs import lora_model

@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, RLOOConfig
 
+from ..completion_features import Completion, completion_features
 from ..rewards import Gram, Rewards, gram_matrices, loss_from_gram, rewards_from_gram
+from .feature_network import load_network
 from .tokens import Text, Tokens
 from .trl_settings import check_groups_stay_whole, check_leave_one_out, leave_one_out_factors
-from .whole_completions import Completion, completion_features, load_network
 
 BASELINES = ("leave_one_out", "trainer")
 WITHHELD = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on to reward functions

@@ -19,10 +19,20 @@ from transformers import (
 )
 
 from ._compat import revision_of
-from .families import TESTED
+from .families import TESTED, reason_against
 from .features import FeatureNetwork, decoder_up_to, layer_indices
 from .forward import causal_lm, install, packs
-from .support import check_adapters_off_is_base, check_config, check_same_vocabulary, verify_blocks
+from .support import (
+    check_adapters_off_is_base,
+    check_config,
+    check_same_vocabulary,
+    same_vocabulary,
+    verify_blocks,
+)
+from .text_features import DecoderReader, EncoderReader, TextFeatures, check_reads_text
+
+AnyFeatures = FeatureNetwork | TextFeatures
+MOST_TOKENS_OF_A_TEXT = 8192  # for a network of another vocabulary that does not say how many it takes
 
 
 def load_policy(model: str | nn.Module, args, peft_config=None, quantization_config=None) -> nn.Module:
@@ -116,20 +126,37 @@ def check_named_policy(name: str, args) -> PreTrainedConfig:
     return config
 
 
-def check_named_feature_model(name: str, args) -> PreTrainedConfig:
+def check_named_feature_model(name: str, args, policy: PreTrainedConfig, processing_class) -> PreTrainedConfig:
     """Everything that can be said against a feature network given by name before its weights are read.
+
+    Args:
+        name: Hub name or path.
+        args: An `EBFTConfig`.
+        policy: Config of the policy.
+        processing_class: The policy's tokenizer.
 
     Raises:
         ValueError: There is no such model, or its type, length or number of layers is not supported.
     """
     field = "feature_model_name_or_path"
     config = load_config(name, field, revision=args.feature_model_revision)
+    encoder = is_encoder(config)
     try:
-        check_config(config, args.max_length, args.longest_completion)
-        layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
+        if encoder or not same_vocabulary(config, name, policy, processing_class):
+            check_reads_text(name, args.pooling, encoder)
+        else:
+            check_config(config, args.max_length, args.longest_completion)
+        if not encoder:
+            layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
     except ValueError as error:
-        raise ValueError(f"{field}='{name}': {error}") from error
+        text = str(error)
+        raise error if field in text else ValueError(f"{field}='{name}': {text}") from error
     return config
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model has no causal decoder to read texts with, so that it is taken as a sentence encoder."""
+    return reason_against(config) is not None
 
 
 def _from_pretrained(name: str, args, dtype: torch.dtype, quantization_config=None) -> PreTrainedModel:
@@ -224,7 +251,9 @@ def _disable_dropout(model: nn.Module) -> None:
         warnings.warn(f"lora_dropout={lora} was set to 0: dropout would make the update off-policy.", stacklevel=3)
 
 
-def load_feature_network(policy: nn.Module, args, source=None, processing_class=None) -> FeatureNetwork:
+def load_feature_network(
+    policy: nn.Module, args, source=None, processing_class=None
+) -> FeatureNetwork | TextFeatures | None:
     """The frozen feature network: a given one, the policy's base with adapters off, or a copy of the policy.
 
     What is not shared with the policy is a copy that holds only the layers below the highest tap, in bfloat16 if the
@@ -252,8 +281,12 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
     lm = causal_lm(policy if source is None or isinstance(source, str) else source)
     config = lm.config
     if isinstance(source, str):
-        config = check_named_feature_model(source, args)
-        check_same_vocabulary(config, source, lm.config, processing_class)
+        config = check_named_feature_model(source, args, lm.config, processing_class)
+        if is_encoder(config):
+            if torch.get_default_device().type == "meta":
+                return None
+            reader = EncoderReader(source, args.feature_model_revision, args.feature_norm)
+            return TextFeatures(reader, processing_class, args.stop_token_ids or ())
     elif source is not None:
         check_same_vocabulary(config, config.name_or_path or type(lm).__name__, causal_lm(policy).config)
     top = max(layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers))
@@ -265,7 +298,12 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
         lm = _read_weights(source, config, dtype, {"revision": args.feature_model_revision})
     decoder = decoder_up_to(lm.base_model, top)
     decoder = copy.deepcopy(decoder).requires_grad_(False)
-    return FeatureNetwork(_to_bfloat16(decoder) if rounds else decoder, args.feature_layers, **options)
+    network = FeatureNetwork(_to_bfloat16(decoder) if rounds else decoder, args.feature_layers, **options)
+    if not isinstance(source, str) or same_vocabulary(config, source, causal_lm(policy).config, processing_class):
+        return network
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS_OF_A_TEXT
+    reader = DecoderReader(network, AutoTokenizer.from_pretrained(source, revision=args.feature_model_revision), most)
+    return TextFeatures(reader, processing_class, args.stop_token_ids or ())
 
 
 def _untrained(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -102,6 +102,11 @@ def trained_share(decoder: nn.Module) -> float:
     return sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
 
 
+def decoder_of(network: Any) -> FeatureNetwork | None:
+    """A feature network that is a decoder; None for any other."""
+    return network if network is not None and network.layer_indices else None
+
+
 def run_method(
     args: EBFTConfig,
     policy: nn.Module,
@@ -109,7 +114,8 @@ def run_method(
     reference: nn.Module | None,
     device: torch.device,
 ) -> Method:
-    """What of a run's settings decides the cost of a document."""
+    """What of a run's settings decides the cost of a document; of a sentence encoder's nothing is known."""
+    network = decoder_of(network)
     linear = reference is None or args.kl_estimator == "k1"
     plain = copy.copy(args)
     plain.gradient_checkpointing = plain.activation_checkpointing = False  # type: ignore[attr-defined]
@@ -146,7 +152,7 @@ def run_footprint(
         frozen: Bytes per frozen weight of the policy, where it is quantised; else None.
         device: Where it would run; by default the one of `args`.
     """
-    lm, device = causal_lm(policy), device or args.device
+    lm, device, decoder = causal_lm(policy), device or args.device, decoder_of(network)
     config: Any = lm.config.get_text_config()
     window, capped = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
     keys_per_chunk = (KEYS_PER_CHUNK_ON_CPU if device.type == "cpu" else KEYS_PER_CHUNK) if capped else None
@@ -156,8 +162,8 @@ def run_footprint(
         weights=weights_held(policy, network, reference, frozen),
         method=run_method(args, policy, network, reference, device),
         policy=network_shape(lm.base_model),
-        feature=None if network is None else network_shape(network.decoder),
-        taps=1 if network is None else len(set(network.layer_indices)),
+        feature=None if decoder is None else network_shape(decoder.decoder),
+        taps=1 if decoder is None else len(set(decoder.layer_indices)),
         bf16=bool(args.bf16),
         bf16_base=lm.dtype == torch.bfloat16,
         checkpointing=args.checkpoints_activations,

@@ -108,16 +108,30 @@ def check_adapters_off_is_base(model: nn.Module) -> None:
             )
 
 
-def check_same_vocabulary(
-    feature: PreTrainedConfig, name: str, policy: PreTrainedConfig, processing_class=None
-) -> None:
-    """Token ids must mean the same to both networks.
+def same_vocabulary(feature: PreTrainedConfig, name: str, policy: PreTrainedConfig, processing_class=None) -> bool:
+    """Whether token ids mean the same to both networks.
 
     Args:
         feature: Config of the feature network.
         name: Its name or path.
         policy: Config of the policy.
         processing_class: The policy's tokenizer, to be compared with that of `name`.
+    """
+    theirs, ours = feature.get_text_config().vocab_size, policy.get_text_config().vocab_size
+    if theirs < ours:  # the policy could sample ids that it lacks
+        return False
+    if processing_class is not None:
+        # Padded embedding tables differ in size within a family; what counts is the tokenizer. (A model may have been
+        # saved without one: then the sizes decide.)
+        with suppress(OSError, ValueError):
+            return AutoTokenizer.from_pretrained(name).get_vocab() == processing_class.get_vocab()
+    return theirs == ours
+
+
+def check_same_vocabulary(
+    feature: PreTrainedConfig, name: str, policy: PreTrainedConfig, processing_class=None
+) -> None:
+    """Refuse networks to which token ids do not mean the same; arguments as in `same_vocabulary`.
 
     Raises:
         ValueError: The tokenizers differ, or the sizes do where there are no two tokenizers to compare.
@@ -128,13 +142,7 @@ def check_same_vocabulary(
             f"feature_model_name_or_path='{name}' has {theirs} token embeddings and the policy {ours}: the policy can "
             "sample ids the feature network lacks; use one with at least as many."
         )
-    differs = theirs != ours
-    if processing_class is not None:
-        # Padded embedding tables differ in size within a family; what counts is the tokenizer. (A model may have been
-        # saved without one: then the sizes decide.)
-        with suppress(OSError, ValueError):
-            differs = AutoTokenizer.from_pretrained(name).get_vocab() != processing_class.get_vocab()
-    if differs:
+    if not same_vocabulary(feature, name, policy, processing_class):
         raise ValueError(
             f"feature_model_name_or_path='{name}' has another vocabulary ({theirs} tokens) than the policy ({ours}): "
             "use a feature network of the same model family."

@@ -35,7 +35,7 @@ from .prepare import prepare_datasets
 from .rewards import Gram, Rewards
 from .rollout import Rollouts, sample_and_sum, sample_rollouts
 from .scoring import fixed_kernel
-from .support import check_same_vocabulary, check_tokenizer
+from .support import check_tokenizer
 
 
 class EBFTTrainer(RecordedTrainer):
@@ -97,9 +97,7 @@ class EBFTTrainer(RecordedTrainer):
         check_tokenizer(processing_class, config)
         feature_model = feature_model or args.feature_model_name_or_path
         if isinstance(feature_model, str):
-            check_same_vocabulary(
-                models.check_named_feature_model(feature_model, args), feature_model, config, processing_class
-            )
+            models.check_named_feature_model(feature_model, args, config, processing_class)
         elif feature_model is None:
             layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
         models.complete_stop_token_ids(args, model, processing_class)

@@ -112,6 +112,19 @@ def test_network_by_name(tmp_path, bf16, dtype):
     assert reward(**CALL, reference=REFERENCES) == pytest.approx(expected, abs=1e-5 if not bf16 else 0.1)
 
 
+def test_network_by_name_has_the_policys_vocabulary(tmp_path):
+    """Where a tokenizer was saved with it, token for token; else the sizes have to fit."""
+    word_model(seed=1).save_pretrained(tmp_path)
+    word_reward(feature_model=str(tmp_path))
+    other = word_tokenizer()
+    other.add_tokens("f")
+    with pytest.raises(ValueError, match=r"another vocabulary \(8 tokens\) than processing_class \(9\)"):
+        word_reward(feature_model=str(tmp_path), processing_class=other)
+    word_tokenizer("a c b").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"another vocabulary \(8 tokens\) than processing_class \(8\)"):
+        word_reward(feature_model=str(tmp_path))
+
+
 # Rewards -----------------------------------------------------------------------------------------------------------
 
 

@@ -29,9 +29,10 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(first: str = "a b c") -> PreTrainedTokenizerFast:
     """One token per word, so that a vocabulary is small enough for completions to end by themselves."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words = [*first.split(), *WORDS[3:]]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"

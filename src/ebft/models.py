@@ -26,6 +26,7 @@ from .support import (
     check_adapters_off_is_base,
     check_config,
     check_same_vocabulary,
+    has_tokens,
     same_vocabulary,
     verify_blocks,
 )
@@ -196,7 +197,7 @@ def load_config(name: str, field: str = "model_name_or_path", **kwargs) -> PreTr
         ) from error
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """A model's tokenizer by Hub name or path.
 
     Raises:
@@ -204,16 +205,16 @@ def load_tokenizer(name: str) -> Any:
     """
     if not name:
         raise ValueError("processing_class is missing: the model was built in code, so pass its tokenizer.")
-    load_config(name)
+    load_config(name, revision=revision)
     missing = (
         f"model_name_or_path: {name} has no tokenizer (tokenizer.json ...): copy it there, or pass processing_class"
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"{missing}. ({error})") from error
-    if not set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys():
-        raise ValueError(f"{missing}.")  # without files, transformers makes one of special tokens alone
+    if not has_tokens(tokenizer):
+        raise ValueError(f"{missing}.")
     return tokenizer
 
 

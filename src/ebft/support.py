@@ -108,6 +108,11 @@ def check_adapters_off_is_base(model: nn.Module) -> None:
             )
 
 
+def has_tokens(tokenizer) -> bool:
+    """Whether there was a tokenizer to read: without files, transformers makes one of special tokens alone."""
+    return bool(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
+
+
 def same_vocabulary(feature: PreTrainedConfig, name: str, policy: PreTrainedConfig, processing_class=None) -> bool:
     """Whether token ids mean the same to both networks.
 
@@ -124,7 +129,9 @@ def same_vocabulary(feature: PreTrainedConfig, name: str, policy: PreTrainedConf
         # Padded embedding tables differ in size within a family; what counts is the tokenizer. (A model may have been
         # saved without one: then the sizes decide.)
         with suppress(OSError, ValueError):
-            return AutoTokenizer.from_pretrained(name).get_vocab() == processing_class.get_vocab()
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            if has_tokens(tokenizer):
+                return tokenizer.get_vocab() == processing_class.get_vocab()
     return theirs == ours
 
 

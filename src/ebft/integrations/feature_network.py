@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..features import NORMS, REDUCTIONS, FeatureNetwork, decoder_up_to, layer_indices
 from ..forward import causal_lm
-from ..models import attention_options, load_config
+from ..models import attention_options, load_config, load_tokenizer
 from ..support import check_config
 
 POOLINGS = ("last_token", "mean_pooling")  # the others need completions of one length
@@ -72,8 +72,8 @@ def _check_vocabulary(
     size = config.get_text_config().vocab_size
     differs = len(tokenizer) > size
     if name is not None:
-        with suppress(OSError, ValueError):  # saved without a tokenizer: then the size decides
-            differs |= AutoTokenizer.from_pretrained(name, revision=revision).get_vocab() != tokenizer.get_vocab()
+        with suppress(ValueError):  # saved without a tokenizer: then the size decides
+            differs |= load_tokenizer(name, revision).get_vocab() != tokenizer.get_vocab()
     if differs:
         raise ValueError(
             f"feature_model={name or 'a model'} has another vocabulary ({size} tokens) than processing_class "

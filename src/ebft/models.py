@@ -144,6 +144,8 @@ def check_named_feature_model(name: str, args, policy: PreTrainedConfig, process
     encoder = is_encoder(config)
     try:
         if encoder or not same_vocabulary(config, name, policy, processing_class):
+            if not (encoder or _has_tokenizer(name, args.feature_model_revision)):
+                check_same_vocabulary(config, name, policy)
             check_reads_text(name, args.pooling, encoder)
         else:
             check_config(config, args.max_length, args.longest_completion)
@@ -153,6 +155,14 @@ def check_named_feature_model(name: str, args, policy: PreTrainedConfig, process
         text = str(error)
         raise error if field in text else ValueError(f"{field}='{name}': {text}") from error
     return config
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    try:
+        load_tokenizer(name, revision)
+    except ValueError:
+        return False
+    return True
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
@@ -303,7 +313,7 @@ def load_feature_network(
     if not isinstance(source, str) or same_vocabulary(config, source, causal_lm(policy).config, processing_class):
         return network
     most = getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_TOKENS_OF_A_TEXT
-    reader = DecoderReader(network, AutoTokenizer.from_pretrained(source, revision=args.feature_model_revision), most)
+    reader = DecoderReader(network, load_tokenizer(source, args.feature_model_revision), most)
     return TextFeatures(reader, processing_class, args.stop_token_ids or ())
 
 

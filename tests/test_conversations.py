@@ -186,7 +186,7 @@ def test_each_turn_behind_the_history_that_the_model_sees(template, messages, sp
 
 
 def test_other_history_is_told_once_with_row_and_place():
-    rows = chats(TALK[:3], THOUGHT, THOUGHT)
+    rows = chats(TALK[:3], [*THOUGHT, TALK[5]], THOUGHT)
     for split, what, count in ((None, "became one document per assistant turn", 5), (False, "hold a turn or", 3)):
         with pytest.warns(UserWarning, match="train_dataset") as caught:
             documents = tokenize(rows, FORGETFUL, split_turns=split)
@@ -279,6 +279,13 @@ def test_blocks_lie_in_every_turn_and_in_none_else(streamed, packed, no_warnings
     assert [block for row in blocks_of(rows) for block in row] == one * 3
 
 
+def test_settings_of_a_run_reach_the_documents():
+    dataset = Dataset.from_list(chats(TALK))
+    for split, count in ((True, 2), (None, 1)):
+        args = config("unused", max_length=400, split_turns=split)
+        assert len(prepare_datasets(dataset, None, tokenizer_with(), args, None)[0]) == count
+
+
 @pytest.mark.filterwarnings("ignore:train_dataset")
 def test_streams_packing_and_worker_processes_change_nothing():
     rows = chats(TALK, THOUGHT, TALK[:3]) * 2
@@ -319,7 +326,7 @@ def test_where_nothing_needs_turns_unmarked_conversations_are_whole(no_warnings)
         args = config("unused", max_length=400, **settings)
         dataset = Dataset.from_list(chats(TALK))
         assert len(prepare_datasets(dataset, None, tokenizer_with(UNMARKED_CHAT_TEMPLATE), args, None)[0]) == 1
-    with pytest.raises(ValueError, match="blocks are to lie in the assistant's turns"):
+    with pytest.raises(ValueError, match="blocks and reasoning_tags are of the assistant's turns"):
         prepare_datasets(dataset, None, tokenizer_with(UNMARKED_CHAT_TEMPLATE), config("unused"), None)
 
 
@@ -371,7 +378,7 @@ ALTERNATE = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user firs
             chats(TALK),
             UNMARKED_CHAT_TEMPLATE,
             {},
-            r"blocks are to lie .* processing_class.chat_template does not mark",
+            r"blocks and .* processing_class.chat_template does not mark",
         ),
         (chats(TALK), UNMARKED_CHAT_TEMPLATE, {}, r"\{% generation %\}.*set split_turns=True.*anchors='all'"),
         (

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, disable_progress_bars
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -14,7 +14,7 @@ from ebft.data import BlockCollator, tokenize_documents
 from ebft.data.reasoning import check_tags, reasoning_spans
 from ebft.layouts import batch_layout
 from ebft.prepare import prepare_datasets
-from tiny import CHAT_TEMPLATE, EOS, byte_bpe_tokenizer
+from tiny import CHAT_TEMPLATE, EOS, UNMARKED_CHAT_TEMPLATE, byte_bpe_tokenizer
 from training import config
 
 disable_progress_bars()
@@ -59,6 +59,7 @@ CASES = {
     "twice": [("<think>a</think>", 0), ("two", 1), ("<think>b</think>", 0), (" four<|im_end|>", 1)],
     "not closed": [("four ", 1), ("<think>hm, or<|im_end|>", 0)],
     "opened by the prompt": [("hm</think>", 0), ("four<|im_end|>", 1)],
+    "opened by the prompt and again": [("hm</think>", 0), ("two ", 1), ("<think>b</think>", 0), ("four<|im_end|>", 1)],
     "empty": [("<think></think>", 0), ("four<|im_end|>", 1)],
     "none": [("four > three<|im_end|>", 1)],
     "other writing": [("<think>d\u00e9j\u00e0 \u4f60\u597d \U0001f98a</think>", 0), ("\u4f60\u597d<|im_end|>", 1)],
@@ -200,10 +201,12 @@ def test_no_block_in_or_across_reasoning(kind):
     begin=st.integers(0, 20),
     size=st.integers(0, 60),
 )
+@example(tags=("ab", "bc"), pieces=[0, 3, 4, 1], begin=0, size=60)
+@example(tags=TAGS, pieces=[2, 1, 2, 0, 2, 1, 3], begin=0, size=60)
 @settings(max_examples=300, deadline=None)
 def test_spans_character_by_character(tags, pieces, begin, size):
     """A reader that goes through the answer once, and knows at each character whether it is thinking."""
-    text = "".join([*tags, "a", " c", "\n", "\u00e9"][piece] for piece in pieces)
+    text = "".join([*tags, "a", "c", "\n", "\u00e9"][piece] for piece in pieces)
     begin = min(begin, len(text))
     end = min(begin + size, len(text))
     answer = text[begin:end]
@@ -245,6 +248,12 @@ def test_bad_tags(tags, message):
 
 
 def test_tags_where_they_cannot_be_used():
+    unmarked = tokenizer_with()
+    unmarked.chat_template = UNMARKED_CHAT_TEMPLATE
+    with pytest.raises(
+        ValueError, match="reasoning_tags are of the assistant's turns, but processing_class.chat_templ"
+    ):
+        tokenize(asked_and("four"), unmarked)
     with pytest.raises(ValueError, match=r"reasoning_tags=.* but train_dataset holds tokens.*`completion_mask`"):
         tokenize([{"input_ids": [5, 6, 7]}])
     with pytest.raises(ValueError, match="anchors='all' would start blocks in the reasoning"):

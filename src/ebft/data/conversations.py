@@ -182,8 +182,10 @@ def conversation_encoder(
     template = _training_template(tokenizer) if fast and not own_marks else None
     needs_turns = needs_turns or assistant_only_loss
     if needs_turns and not (template or own_marks or split_turns or prompts):
-        why = "assistant_only_loss=True" if assistant_only_loss else "blocks are to lie in the assistant's turns"
-        other = "assistant_only_loss=False" if assistant_only_loss else "(for training) anchors='all'"
+        why, other = "assistant_only_loss=True", "assistant_only_loss=False"
+        if not assistant_only_loss:
+            why = "blocks and reasoning_tags are of the assistant's turns"
+            other = "(for training, without reasoning_tags) anchors='all'"
         raise ValueError(f"{why}, but {_NO_MARKERS}: {_REMEDY}; or set {other}")
     marks = template is not None or own_marks
     if needs_turns and marks and not is_chat_template_stop_token_trained(tokenizer, chat_template=template):

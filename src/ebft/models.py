@@ -32,7 +32,6 @@ from .support import (
 )
 from .text_features import DecoderReader, EncoderReader, TextFeatures, check_reads_text
 
-AnyFeatures = FeatureNetwork | TextFeatures
 MOST_TOKENS_OF_A_TEXT = 8192  # for a network of another vocabulary that does not say how many it takes
 
 
@@ -275,6 +274,10 @@ def load_feature_network(
         args: An `EBFTConfig`.
         source: Hub name, path, model or `FeatureNetwork` to use; the policy itself if None.
         processing_class: The policy's tokenizer, compared with that of a network given by name.
+
+    Returns:
+        A `FeatureNetwork`, or `TextFeatures` that stand in for one; None under `torch.device("meta")` for a sentence
+        encoder, of whose cost nothing is known.
 
     Raises:
         ValueError: Another vocabulary, or adapters that change the base.

@@ -47,7 +47,7 @@ class Rollouts(NamedTuple):
         if self.lengths is None or not self.lengths.numel():
             return self
         longest = max(1, int(self.lengths.max()))
-        return Rollouts(*(x[..., :longest] for x in self[:3]), *self[3:])
+        return self._replace(**{name: getattr(self, name)[..., :longest] for name in self._fields[:3]})
 
 
 def sample_blocks(model: nn.Module, input_ids: Tensor, layout: BlockLayout, num_generations: int, **options) -> Tensor:
@@ -207,8 +207,8 @@ def _decode(
     steps = (torch.stack([x.view(B, K, N) for x in kind], dim=-1) for kind in zip(*drawn, strict=True))
     if not K:
         lengths = input_ids.new_zeros(B, 0, N)
-        ends = (lengths, lengths.bool()) if stop_token_ids else ()
-        return Rollouts(*(x.new_zeros(B, 0, N, G) for x in steps), *ends), document
+        rollouts = Rollouts(*(x.new_zeros(B, 0, N, G) for x in steps))
+        return rollouts._replace(lengths=lengths, clipped=lengths.bool()) if stop_token_ids else rollouts, document
     rollouts = Rollouts(*(x * valid[..., None, None] for x in steps))
     rollouts = ended(rollouts, valid, stop_token_ids) if stop_token_ids else rollouts
     return rollouts, torch.cat([document, torch.stack(hidden, dim=2).flatten(1, 2)], dim=1) if hidden else document
@@ -240,8 +240,8 @@ def ended(rollouts: Rollouts, valid: Tensor, stop_token_ids: Sequence[int]) -> R
     went_on = (is_end.cumsum(-1) - is_end.long()) == 0  # no end before this token
     valid = valid[..., None]
     clipped = ~is_end.any(-1) & valid
-    found = Rollouts(*(x.where(went_on, 0) for x in rollouts[:3]), went_on.sum(-1) * valid, clipped)
-    return found.shortened()
+    found = Rollouts(*(x.where(went_on, 0) for x in rollouts[:3]))
+    return found._replace(lengths=went_on.sum(-1) * valid, clipped=clipped).shortened()
 
 
 def _going_on(drawn: list[Tensor], valid: Tensor, stop_token_ids: Sequence[int]) -> bool:

@@ -50,7 +50,8 @@ class Scorer:
         tokens, mask = rollouts.tokens, rollouts.mask
         if self.kernel.name == "ngram":
             there = tokens if mask is None else tokens.where(mask, NO_TOKEN)
-            gram = ngram_gram(*_as_long(there, layout.references(input_ids)), self.kernel.sizes)
+            there, reference = _as_long(there, layout.references(input_ids))
+            gram = ngram_gram(there, reference, self.kernel.sizes)
         else:
             assert self.network is not None, "loaded for every kernel of features"
             gram = kernel_gram(*self.network(input_ids, tokens, layout, rollouts.lengths), self.kernel)

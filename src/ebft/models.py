@@ -261,9 +261,7 @@ def _disable_dropout(model: nn.Module) -> None:
         warnings.warn(f"lora_dropout={lora} was set to 0: dropout would make the update off-policy.", stacklevel=3)
 
 
-def load_feature_network(
-    policy: nn.Module, args, source=None, processing_class=None
-) -> FeatureNetwork | TextFeatures | None:
+def load_feature_network(policy: nn.Module, args, source=None, processing_class=None) -> Any:
     """The frozen feature network: a given one, the policy's base with adapters off, or a copy of the policy.
 
     What is not shared with the policy is a copy that holds only the layers below the highest tap, in bfloat16 if the

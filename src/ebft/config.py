@@ -353,6 +353,12 @@ class EBFTConfig(TrainingArguments):
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
     @property
+    def kernel_parameters(self) -> dict[str, Any]:
+        """The kernel's parameters but for its bandwidth, as keyword arguments of `scoring.kernel_record`."""
+        scales, sizes = self.kernel_scales, self.ngram_sizes
+        return {"scales": scales, "frequencies": self.kernel_frequencies, "seed": self.seed, "sizes": sizes}
+
+    @property
     def rewarding(self) -> dict[str, Any]:
         """The reward, as keyword arguments of `rewards_from_gram`."""
         names = ("alignment_coef", "diversity_coef", "whitening", "alignment")

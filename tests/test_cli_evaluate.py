@@ -116,6 +116,35 @@ def test_documents_of_two_models(run, tmp_path, workplace):
     assert "Paired differences" in printed.out
 
 
+def test_documents_under_other_kernels(run, tmp_path):
+    words = (*DOCUMENTS, "--metrics", "feature_matching", "--kernels", "rbf", "energy", "characteristic", "ngram")
+    status, printed = run(*words)
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["kernels"]["rbf"]["bandwidth"] == results["kernels"]["characteristic"]["bandwidth"] > 0
+    assert results["config"]["kernels"] == ["rbf", "energy", "characteristic", "ngram"] == list(results["kernels"])
+    lengths = {}
+    for row in results["results"]:
+        lengths.setdefault((row["model"], row["measure"]), set()).add(row["length"])
+    for name in ("sft", "ebft", "ebft - sft"):
+        for suffix in ("", "/rbf", "/energy", "/characteristic", "/ngram"):
+            assert lengths[name, f"feature_matching_loss{suffix}"] == {1, 2, 4}
+            assert lengths[name, f"feature_matching_excess{suffix}"] == {1, 2, 4}
+    assert "feature matching loss, ngram, length 4" in printed.out
+    (tmp_path / "out" / "results.json").unlink()
+    assert run(*words)[0] == 0
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again == results
+    status, printed = run(*words[:-1])
+    assert status == 2 and "kernels" in printed.err
+
+
+def test_records_without_kernels_are_as_before(run, tmp_path):
+    assert run(*DOCUMENTS, "--metrics", "feature_matching")[0] == 0
+    settings = json.loads((tmp_path / "out" / "records" / "sft-documents.jsonl").read_text().splitlines()[0])
+    assert "kernels" not in settings and "kernels" not in json.loads((tmp_path / "out" / "results.json").read_text())
+
+
 def test_documents_of_one_prompt_are_resampled_together(run, workplace, tmp_path):
     """Also where the end of the prompt and the answer are one token, and the tokens before it differ."""
     rows = [{"prompt": "the quick brown fo", "completion": text} for text in ("x jumps over the dog", "es jump over")]
@@ -370,6 +399,9 @@ def test_a_benchmark_called_translation(run, workplace, tmp_path):
         (("--translation", "pairs.jsonl", "--time_limit", "3"), "time_limit=3.0 needs --code_benchmark"),
         (("--translation", "pairs.jsonl", "--code_temperature", "0.3"), "code_temperature=0.3 needs --num_samples or"),
         ((*TEXT_ALONE, "--lengths", "4"), "lengths=[4] needs one of --metrics feature_matching"),
+        ((*TEXT_ALONE, "--kernels", "rbf"), "kernels=['rbf'] needs --metrics feature_matching"),
+        (("--translation", "pairs.jsonl", "--kernels", "rbf"), "kernels=['rbf'] needs --dataset_name"),
+        (("--dataset_name", "qa.jsonl", "--kernels", "linear"), "kernels=['linear']: use each of rbf, energy"),
         ((*TEXT_ALONE, "--feature_norm", "none"), "feature_norm='none' needs --metrics feature_matching"),
         (("--dataset_name", "qa.jsonl", "--max_new_tokens", "9"), "max_new_tokens=9 needs --code_benchmark or"),
         (("--dataset_name", "mixed.jsonl"), "mixed.jsonl, line 2 has the columns []"),

@@ -251,6 +251,13 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
         ),
         ({"select": "cross_entropy/answr"}, "select='cross_entropy/answr' is not measured on the validation data"),
         ({"select": "feature_matching_loss"}, "it takes dataset_name, with feature_matching among the metrics"),
+        (
+            {
+                "select": "feature_matching_loss/rbf",
+                "validation": {"dataset_name": "validation.jsonl", "metrics": ["feature_matching"]},
+            },
+            "select='feature_matching_loss/rbf' is not measured on the validation data: it takes kernels, with rbf",
+        ),
         ({"select": "x.jsonl/greedy/pass@1"}, "it takes a code_benchmark of that name (there are none)"),
         ({"test": {"dataset_name": "test.jsonl", "metrics": ["bleu"]}}, "test: metrics=['bleu']"),
         ({"select": "accuracy"}, "select='accuracy', select_length=None: not measured on the validation data"),
@@ -378,8 +385,8 @@ def test_corpus_scores_are_paired_by_seed():
     for name, values in differences.items():
         assert (pairs[name]["low"], pairs[name]["p_value"]) == (pytest.approx(tables.t_interval(values)["low"]), None)
     assert tables.paired_over_seeds(rows, known=[{"measure": "BLEU", "length": None}]) == []
-    floor = [row | {"measure": "feature_matching_floor"} for row in rows]  # of the references alone
-    assert tables.paired_over_seeds(floor, known=[]) == []
+    for measure in ("feature_matching_floor", "feature_matching_floor/rbf"):  # of the references alone
+        assert tables.paired_over_seeds([row | {"measure": measure} for row in rows], known=[]) == []
 
 
 def test_pairs_of_methods():

@@ -21,9 +21,10 @@ from ebft.evaluation import (
     evaluate,
 )
 from ebft.evaluation.batches import batches_of
-from ebft.evaluation.contexts import all_contexts
+from ebft.evaluation.contexts import all_contexts, contexts_of
 from ebft.evaluation.diversity import distinct, duplicate_rate, self_bleu, until_end
-from ebft.evaluation.document_measures import contexts_of, prompt_groups, reference_variance
+from ebft.evaluation.document_measures import prompt_groups
+from ebft.evaluation.feature_matching import reference_variance
 from ebft.evaluation.records import RecordFile
 from ebft.evaluation.summary import summarise
 from ebft.evaluation.token_statistics import token_statistics
@@ -173,7 +174,8 @@ def test_variance_of_references_is_unbiased():
     exact = points.square().sum(-1).mean() - points.mean(0).square().sum()
     for m in (2, 3):
         draws = torch.tensor(list(itertools.product(range(4), repeat=m)))
-        assert reference_variance(points[draws]).mean().item() == pytest.approx(exact.item(), abs=1e-12)
+        values = points[draws] @ points[draws].mT
+        assert reference_variance(values).mean().item() == pytest.approx(exact.item(), abs=1e-12)
 
 
 def test_documents_of_one_prompt_are_one_group(documents):

@@ -14,7 +14,7 @@ from ebft.data import tokenize_documents
 from ebft.evaluation import DocumentSettings, document_means
 from ebft.evaluation.batches import batches_of
 from ebft.evaluation.contexts import random_contexts
-from ebft.evaluation.document_measures import feature_matching_sums
+from ebft.evaluation.feature_matching import feature_matching_sums, kernels_of
 from ebft.noise import EVALUATION, sampling_uniforms
 from enumeration import COMPLETIONS, VOCAB
 from tiny import byte_bpe_tokenizer
@@ -167,7 +167,8 @@ def test_mean_over_all_rollouts_is_the_loss():
     pairs = COMPLETIONS[oracles.groups(len(COMPLETIONS), 2)]  # [256, 2, G]: one row of a batch each
     rows = document.expand(len(pairs), -1)
     layout = BlockLayout.from_documents(torch.zeros_like(rows), stride=1, context_length=anchor, completion_length=2)
-    found, _ = feature_matching_sums(FeatureNetwork(phi, pooling="token"), rows, pairs[:, None], layout, lengths)
+    inputs = FeatureNetwork(phi, pooling="token"), rows, pairs[:, None], layout, lengths
+    found, _ = feature_matching_sums(*inputs, kernels_of({}))
     values, counts = found["feature_matching_loss"]
     assert counts.tolist() == [1] * len(pairs)
 

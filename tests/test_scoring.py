@@ -118,14 +118,14 @@ def test_ngrams_load_no_network(tmp_path, monkeypatch):
 
 def test_no_distance_is_refused(tmp_path):
     one_block = documents([8])
-    with pytest.raises(ValueError, match=r"first 1 document\(s\) with a block is nan: set kernel_bandwidth"):
+    with pytest.raises(ValueError, match=r"kernel_bandwidth: .* first 1 document\(s\) .* is nan, .*: set it"):
         made(tmp_path, one_block, kernel="rbf")
     alike = [{"input_ids": [5] * 9}] * 4
-    with pytest.raises(ValueError, match=r"first 4 document\(s\) with a block is 0.0: set kernel_bandwidth"):
+    with pytest.raises(ValueError, match=r"kernel_bandwidth: .* first 4 document\(s\) .* is 0.0, .*: set it"):
         made(tmp_path, alike, kernel="rbf", stride=40)
     made(tmp_path, one_block, kernel="rbf", kernel_bandwidth=1.0)
     with pytest.raises(ValueError, match=r"first 0 document\(s\)"):
-        typical_distance(FeatureNetwork(small_model()), [])
+        typical_distance(FeatureNetwork(small_model()), [], "kernels", "give more")
 
 
 def test_a_long_stream_without_blocks_is_not_read_to_its_end(tmp_path, monkeypatch):
@@ -210,5 +210,6 @@ def test_another_kernel_is_refused(record, ours, args, names):
 
 def test_the_record_is_of_the_settings():
     args = config("unused", kernel="rbf", kernel_scales=[1.0, 3.0])
-    assert kernel_record(args, 0.25, 96) == {"name": "rbf", "bandwidth": 0.25, "scales": [1.0, 3.0]}
-    assert kernel_of(kernel_record(args, 0.25, 96)).bandwidths == (0.25, 0.75)
+    record = kernel_record("rbf", bandwidth=0.25, features=96, **args.kernel_parameters)
+    assert record == {"name": "rbf", "bandwidth": 0.25, "scales": [1.0, 3.0]}
+    assert kernel_of(record).bandwidths == (0.25, 0.75)

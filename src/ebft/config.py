@@ -466,6 +466,12 @@ class EBFTConfig(TrainingArguments):
         return {"stop_token_ids": self.stop_token_ids or ()} if self.rollout == "completion" else {}
 
     @property
+    def kernel_parameters(self) -> dict[str, Any]:
+        """The kernel's parameters but for its bandwidth, as keyword arguments of `scoring.kernel_record`."""
+        scales, sizes = self.kernel_scales, self.ngram_sizes
+        return {"scales": scales, "frequencies": self.kernel_frequencies, "seed": self.seed, "sizes": sizes}
+
+    @property
     def rewarding(self) -> dict[str, Any]:
         """The reward, as keyword arguments of `rewards_from_gram`."""
         names = ("alignment_coef", "diversity_coef", "whitening", "alignment")

@@ -74,8 +74,9 @@ class Cut:
             self.network.layer_indices = [min(index, depth) for index in network.layer_indices]
         if args.rl_coef:
             size = None if self.network is None else self.network.size(args.completion_length)
-            kernel = kernel_of(kernel_record(args, 1.0, size), device)  # its bandwidth does not matter for the time
-            self.scorer = Scorer(self.network, kernel, args.rewarding)
+            # Its bandwidth does not matter for the time.
+            record = kernel_record(args.kernel, bandwidth=1.0, features=size, **args.kernel_parameters)
+            self.scorer = Scorer(self.network, kernel_of(record, device), args.rewarding)
         if args.checkpoints_activations:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # its name changed within transformers 5

@@ -5,6 +5,7 @@ head. The reference block's features are read from the document's own tokens in 
 Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document tokens, D features, L layers.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -107,6 +108,12 @@ class FeatureNetwork:
         plan = BlockPlan(layout, B, 0, range(0), device=input_ids.device)
         taps = self._hidden_states(input_ids, plan, layout.position_ids(0).expand(B, -1))
         return self._at_references(taps, layout)[0]
+
+    def with_pooling(self, pooling: str) -> "FeatureNetwork":
+        """The same network with another pooling."""
+        other = copy.copy(self)
+        other.pooling = pooling
+        return other
 
     def size(self, completion_length: int) -> int:
         """D, of blocks of so many tokens."""

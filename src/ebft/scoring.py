@@ -5,7 +5,7 @@ Shape letters: B rows, K blocks, N rollouts, G generated tokens, P document toke
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -84,21 +84,41 @@ def fixed_kernel(
         size = network.size(args.completion_length)
     if args.kernel in ("rbf", "characteristic") and bandwidth is None:
         assert network is not None, "loaded for every kernel of features"
-        found = typical_distance(network, first_blocks(args, dataset, collate, anchors))
+        documents = first_blocks(args, dataset, collate, anchors)
+        found = typical_distance(network, documents, "kernel_bandwidth", "set it")
         bandwidth = broadcast_object_list([found])[0]  # devices may round differently
-    return kernel_record(args, bandwidth, size)
+    return kernel_record(args.kernel, bandwidth=bandwidth, features=size, **args.kernel_parameters)
 
 
-def kernel_record(args: EBFTConfig, bandwidth: float | None, size: int | None) -> Record:
-    """The record of the kernel that the settings choose, with this bandwidth and so many features D."""
-    record: Record = {"name": args.kernel}
-    if args.kernel in ("rbf", "characteristic"):
-        record |= {"bandwidth": bandwidth, "scales": list(args.kernel_scales)}
-    if args.kernel == "characteristic":
-        record |= {"frequencies": args.kernel_frequencies, "features": size, "seed": args.seed}
+def kernel_record(
+    name: str,
+    *,
+    bandwidth: float | None,
+    features: int | None,
+    scales: Sequence[float],
+    frequencies: int,
+    seed: int,
+    sizes: Sequence[int],
+) -> Record:
+    """The record of a kernel, of the parameters that it has.
+
+    Args:
+        name: Of `KERNELS`.
+        bandwidth: Of rbf and characteristic.
+        features: D, of characteristic.
+        scales: Of rbf and characteristic, in bandwidths.
+        frequencies: M, of characteristic.
+        seed: Of the frequencies.
+        sizes: Of ngram.
+    """
+    record: Record = {"name": name}
+    if name in ("rbf", "characteristic"):
+        record |= {"bandwidth": bandwidth, "scales": list(scales)}
+    if name == "characteristic":
+        record |= {"frequencies": frequencies, "features": features, "seed": seed}
         record["sha256"] = _hash(kernel_of(record).frequencies)
-    if args.kernel == "ngram":
-        record["sizes"] = list(args.ngram_sizes)
+    if name == "ngram":
+        record["sizes"] = list(sizes)
     return record
 
 
@@ -155,7 +175,11 @@ def first_blocks(
 
 
 def typical_distance(
-    network: FeatureNetwork, documents: Iterable[tuple[Tensor, BlockLayout]], places: slice | list[int] = slice(None)
+    network: FeatureNetwork,
+    documents: Iterable[tuple[Tensor, BlockLayout]],
+    field: str,
+    remedy: str,
+    places: slice | list[int] = slice(None),
 ) -> float:
     """Median distance between the features of reference blocks: the median heuristic (Gretton et al. 2012).
 
@@ -165,6 +189,8 @@ def typical_distance(
     Args:
         network: The feature network.
         documents: Tokens [1, P] and layout of each.
+        field: The option that an error names.
+        remedy: And what it says to do.
         places: With one feature per token, of which tokens of a block.
 
     Raises:
@@ -184,8 +210,8 @@ def typical_distance(
         distance = float(median_distance(features))
     if not 0 < distance < float("inf"):
         raise ValueError(
-            f"kernel_bandwidth: the median distance between reference features of the first {len(found)} document(s) "
-            f"with a block is {distance}: set kernel_bandwidth."
+            f"{field}: the median distance between reference features of the first {len(found)} document(s) with a "
+            f"block is {distance}, which is no bandwidth: {remedy}."
         )
     return distance
 

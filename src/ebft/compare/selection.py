@@ -34,7 +34,10 @@ def _missing(select: str, options: Options) -> str:
     if select in [f"{name}/{of}" for name in ("cross_entropy", "perplexity") for of in ("all", "answer")]:
         return "" if "cross_entropy" in metrics else "dataset_name, with cross_entropy among the metrics"
     if select.startswith("feature_matching_"):
-        return "" if "feature_matching" in metrics else "dataset_name, with feature_matching among the metrics"
+        if "feature_matching" not in metrics:
+            return "dataset_name, with feature_matching among the metrics"
+        kernel = select.partition("/")[2]
+        return "" if not kernel or kernel in options.get("kernels", ()) else f"kernels, with {kernel} among them"
     if found := re.fullmatch(r"(.+)/(greedy|sampled)/pass@(\d+)", select):
         benchmarks = short_names(options.get("code_benchmark") or [])
         if found[1] not in benchmarks:

@@ -108,7 +108,7 @@ def paired(
         pairs = [(new, old) for new, old in pairs if old is not None]
         for measure in pairs[0][0] if pairs else ():
             differences = [unit_differences(new, old, measure) for new, old in pairs]
-            if measure in NOT_COMPARED or any(found is None for found in differences):
+            if measure.startswith(NOT_COMPARED) or any(found is None for found in differences):
                 continue
             stacked = np.stack([found for found in differences if found is not None])  # seeds, units, lengths
             for index, length in enumerate(axes.get(measure, (None,))):
@@ -129,7 +129,7 @@ def paired_over_seeds(rows: Iterable[Row], known: Iterable[Row], against: str | 
     there = {(row["measure"], row["length"]) for row in known}
     found: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["measure"] in NOT_COMPARED or row["mean"] is None:
+        if row["measure"].startswith(NOT_COMPARED) or row["mean"] is None:
             continue
         if (row["measure"], row["length"]) not in there:
             found[row["split"], row["measure"], row["length"]][row["method"]][row["seed"]] = row["mean"]

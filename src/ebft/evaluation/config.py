@@ -8,7 +8,7 @@ from typing import Any
 
 from .comet import MODEL
 from .pass_at_k import check_k
-from .settings import MEASURES, DocumentSettings, GenerationSettings
+from .settings import KERNELS, MEASURES, DocumentSettings, GenerationSettings
 from .translation import TEMPLATE
 
 SETTINGS_OF = {
@@ -21,6 +21,7 @@ SETTINGS_OF = {
         "reasoning_tags",
         "metrics",
         "lengths",
+        "kernels",
         "num_generations",
         "contexts_per_document",
         "context_length",
@@ -59,7 +60,7 @@ AT_LEAST_1 = (
     *("num_samples", "max_new_tokens", "generation_batch_size"),
 )
 OF_ROLLOUTS = ("lengths", "num_generations", "contexts_per_document", "context_length", "temperature")
-OF_FEATURES = ("feature_model_name_or_path", "feature_layers", "feature_norm")
+OF_FEATURES = ("kernels", "feature_model_name_or_path", "feature_layers", "feature_norm")
 OF_COMPLETIONS = ("max_new_tokens", "generation_engine")
 
 
@@ -93,6 +94,9 @@ class EvaluationConfig:
     metrics: list[str] = _setting(list(MEASURES), f"Measures of the documents: {', '.join(MEASURES)}.")
     lengths: list[int] = _setting(
         [], "Completion lengths of the rollouts. Default: 1, 2, 4, ... 64, as far as they fit."
+    )
+    kernels: list[str] = _setting(
+        [], f"Feature-matching loss under these kernels too, from the same rollouts: {', '.join(KERNELS)}."
     )
     num_generations: int = _setting(8, "Rollouts per context.")
     contexts_per_document: int = _setting(4, "At most so many places of a document are continued.")
@@ -225,7 +229,8 @@ class EvaluationConfig:
     def document_settings(self, lengths: Sequence[int]) -> DocumentSettings:
         """The part that concerns documents."""
         options = {f.name: getattr(self, f.name) for f in fields(DocumentSettings) if hasattr(self, f.name)}
-        return DocumentSettings(**options | {"measures": tuple(self.metrics), "lengths": tuple(lengths)})
+        lists = {"measures": tuple(self.metrics), "lengths": tuple(lengths), "kernels": tuple(self.kernels)}
+        return DocumentSettings(**options | lists)
 
     def greedy(self) -> GenerationSettings:
         """One completion of each prompt, the likeliest token by token."""

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import noise
 from ..blocks import BlockLayout
 from ..layouts import completion_borders
+from .settings import DocumentSettings
 
 
 def random_contexts(
@@ -36,6 +37,12 @@ def random_contexts(
         others = rng.permutation(1 + inner[row, 1:].nonzero().flatten().numpy())[: per_document - 1]
         keep[row, torch.tensor([0, *others])] = True
     return everywhere.select(keep)
+
+
+def contexts_of(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
+    """Where the documents of a batch are continued."""
+    places = settings.contexts_per_document, settings.context_length, max(settings.lengths)
+    return random_contexts(batch, *places, settings.seed)
 
 
 def all_contexts(batch: dict[str, Tensor], context_length: int, completion_length: int) -> BlockLayout:

@@ -3,12 +3,12 @@
 Each measure gives a sum and a count per document, so that means, paired differences and intervals are one matter for
 all of them (`intervals`). Rollouts depend on the document and the seed alone: equal noise for every model.
 Shape letters: B documents (rows), K contexts of a document, N rollouts, G tokens of the longest rollout, L lengths,
-P document tokens, D features.
+P document tokens.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from .. import noise
 from ..blocks import BlockLayout
 from ..features import FeatureNetwork
 from ..forward import causal_lm, evaluation_mode
+from ..kernels import Kernel
 from ..metrics import cross_entropy_sums
 from ..models import end_ids
-from ..rewards import feature_matching_loss
 from ..rollout import Rollouts, sample_rollouts
 from .batches import batches_of
-from .contexts import behind_prompt, random_contexts
+from .contexts import behind_prompt, contexts_of
 from .diversity import distinct, duplicate_rate, self_bleu, until_end
+from .feature_matching import FirstContext, Sums, above_the_floor, feature_matching_sums, fixed_kernels, kernels_of
 from .intervals import DocumentMean
 from .settings import DocumentSettings
 from .summary import means_of
@@ -32,7 +33,8 @@ from .token_statistics import TokenStatistics, token_statistics
 
 NGRAMS = (1, 2, 3, 4)
 
-Sums = dict[str, tuple[Tensor, Tensor]]  # measure -> sums [B, ...] and counts [B], float64
+NO_OTHERS: Mapping[str, Any] = MappingProxyType({})  # than the inner product
+
 Record = dict[str, Any]  # of one document or group: measure -> [sums, count]; `id` is its first document's
 
 
@@ -64,7 +66,8 @@ def document_means(
     records: list[Record] = []
     groups = prompt_groups(documents)
     sizes = {group[0]["document_id"]: len(group) for group in groups}
-    for found in measure_documents(model, network, groups, settings, tokenizer):
+    kernels = fixed_kernels(network, documents, settings)
+    for found in measure_documents(model, network, groups, settings, tokenizer, kernels):
         records += found
         advance(sum(sizes[record["id"]] for record in found))
     if not records:
@@ -96,6 +99,7 @@ def measure_documents(
     groups: Iterable[list[Record]],
     settings: DocumentSettings,
     tokenizer: Any = None,
+    kernels: Mapping[str, Record] = NO_OTHERS,
 ) -> Iterator[list[Record]]:
     """Measure documents, a few groups at a time.
 
@@ -106,6 +110,7 @@ def measure_documents(
         settings: What and how.
         tokenizer: Of the model, for the diversity of texts; its EOS and those of the model's generation config end a
             rollout there. None leaves self-BLEU out.
+        kernels: From `feature_matching.fixed_kernels`, of those that `settings` asks for.
 
     Yields:
         One record per group of a batch.
@@ -115,15 +120,15 @@ def measure_documents(
     """
     device = next(model.parameters()).device
     if network is not None:
-        network = copy.copy(network)
-        network.pooling = "token"
+        network = network.with_pooling("token")
+    known = kernels_of(kernels)
     with evaluation_mode(model):
         for some in _up_to(groups, settings.batch_size):
             parts: list[Record] = []
             for batch in batches_of((row for group in some for row in group), settings.batch_size, device):
-                parts += _measure_batch(model, network, batch, settings, tokenizer)
+                parts += _measure_batch(model, network, batch, settings, tokenizer, known)
             rows = iter(parts)
-            yield [_of_group([next(rows) for _ in group], group) for group in some]
+            yield [_of_group([next(rows) for _ in group], group, known, settings.lengths) for group in some]
 
 
 def _up_to(groups: Iterable[list[Record]], size: int) -> Iterator[list[list[Record]]]:
@@ -139,9 +144,14 @@ def _up_to(groups: Iterable[list[Record]], size: int) -> Iterator[list[list[Reco
 
 
 def _measure_batch(
-    model: nn.Module, network: FeatureNetwork | None, batch: dict[str, Tensor], settings: DocumentSettings, tokenizer
+    model: nn.Module,
+    network: FeatureNetwork | None,
+    batch: dict[str, Tensor],
+    settings: DocumentSettings,
+    tokenizer: Any,
+    kernels: Mapping[str, Kernel],
 ) -> list[Record]:
-    """One record per document; `behind_prompt` is the loss [L] and the reference's features [L, D] there, if any."""
+    """One record per document; `behind_prompt` is its context there, if any."""
     measures, input_ids, doc_ids = settings.measures, batch["input_ids"], batch["doc_ids"].cpu()
     sums: Sums = {}
 
@@ -153,7 +163,7 @@ def _measure_batch(
         found = cross_entropy_sums(text(1.0).log_probs, batch)
         sums["cross_entropy/all"] = found["ce_loss/all"], found["all_tokens"]
         sums["cross_entropy/answer"] = found["ce_loss/answer"], found["answer_tokens"]
-    first: tuple[Tensor, Tensor] | None = None
+    first: list[FirstContext] = []
     if settings.samples:
         layout = contexts_of(batch, settings)
         rollouts = _rollouts(model, batch, layout, settings)
@@ -164,16 +174,17 @@ def _measure_batch(
             sums |= _diversity(rollouts.tokens, layout, tokenizer, ends)
         if "feature_matching" in measures:
             assert network is not None, "loaded whenever its measure is asked for"
-            found, first = feature_matching_sums(network, input_ids, rollouts.tokens, layout, settings.lengths)
+            inputs = network, input_ids, rollouts.tokens, layout, settings.lengths
+            found, first = feature_matching_sums(*inputs, kernels)
             sums |= found
     _check_finite(sums, causal_lm(model).config.name_or_path)
     records: list[Record] = [
         {name: [value[row].double().cpu(), count[row].double().item()] for name, (value, count) in sums.items()}
         for row in range(len(input_ids))
     ]
-    if first is not None:
+    if first:
         for row in behind_prompt(batch, layout).nonzero().flatten().tolist():
-            records[row]["behind_prompt"] = tuple(x[row] for x in first)
+            records[row]["behind_prompt"] = first[row]
     return records
 
 
@@ -184,12 +195,6 @@ def _check_finite(sums: Sums, name: str | None) -> None:
                 f"{name or 'model'}: {measure} of a document is NaN or infinite: take another checkpoint, or try "
                 "dtype float32 and a temperature nearer to 1."
             )
-
-
-def contexts_of(batch: dict[str, Tensor], settings: DocumentSettings) -> BlockLayout:
-    """Where the documents of a batch are continued."""
-    places = settings.contexts_per_document, settings.context_length, max(settings.lengths)
-    return random_contexts(batch, *places, settings.seed)
 
 
 def _rollouts(model: nn.Module, batch: dict[str, Tensor], layout: BlockLayout, settings: DocumentSettings) -> Rollouts:
@@ -236,47 +241,20 @@ def _diversity(tokens: Tensor, layout: BlockLayout, tokenizer: Any, ends: Sequen
     }
 
 
-def feature_matching_sums(
-    network: FeatureNetwork, input_ids: Tensor, tokens: Tensor, layout: BlockLayout, lengths: Sequence[int]
-) -> tuple[Sums, tuple[Tensor, Tensor]]:
-    """Unbiased losses [B, L] of the documents; loss [B, L] and reference's features [B, L, D] of first contexts."""
-    generated, reference = network(input_ids, tokens, layout)  # [B, K, G, N, D], [B, K, G, D]
-    last = torch.tensor(lengths, device=generated.device) - 1
-    losses = feature_matching_loss(generated[:, :, last], reference[:, :, last])  # [B, K, L]
-    valid = layout.expand(len(tokens))[1].to(losses.device)
-    sums = losses.double().where(valid[..., None], 0).sum(1)
-    first_loss, first_reference = losses[:, :1].sum(1), reference[:, :1][:, :, last].sum(1)  # of none: 0
-    return {"feature_matching_loss": (sums, valid.sum(-1))}, (
-        first_loss.double().cpu(),
-        first_reference.double().cpu(),
-    )
-
-
-def _of_group(records: list[Record], group: list[Record]) -> Record:
+def _of_group(
+    records: list[Record], group: list[Record], kernels: Mapping[str, Kernel], lengths: Sequence[int]
+) -> Record:
     """The documents of one prompt as one record, and what only several references of one context can say.
 
-    With m references y_i the variance of their features is estimated without bias: the mean of phi_i . phi_i minus
-    that of phi_i . phi_j over pairs. It is what L_CFM (eq 2) of the text's own distribution is, its floor; the rest
-    of L_CFM is L_FM (eq 1). Only where all references have room for the longest length, and start behind the
-    same tokens: some of them alone are not the text's distribution.
+    Only where all references have room for the longest length, and start behind the same tokens: some of them alone
+    are not the text's distribution.
     """
-    behind_prompt = [record.pop("behind_prompt") for record in records if "behind_prompt" in record]
+    first = [record.pop("behind_prompt") for record in records if "behind_prompt" in record]
     whole: Record = {}
     for name in dict.fromkeys(name for record in records for name in record):
         parts = [record[name] for record in records if name in record]
         whole[name] = [sum(part[0] for part in parts), sum(part[1] for part in parts)]
-    if len(behind_prompt) == len(records) > 1 and len({_prompt_tokens(document) for document in group}) == 1:
-        losses, features = (torch.stack(x, dim=1) for x in zip(*behind_prompt, strict=True))  # [L, M], [L, M, D]
-        floor = reference_variance(features)
-        whole["feature_matching_floor"] = [floor, 1.0]
-        whole["feature_matching_shared"] = [losses.mean(-1), 1.0]
-        whole["feature_matching_excess"] = [losses.mean(-1) - floor, 1.0]
+    if len(first) == len(records) > 1 and len({_prompt_tokens(document) for document in group}) == 1:
+        whole |= above_the_floor(first, kernels, lengths)
     as_lists = {name: [value.tolist(), count] for name, (value, count) in whole.items()}
     return {"id": group[0]["document_id"], **as_lists}
-
-
-def reference_variance(features: Tensor) -> Tensor:
-    """Unbiased variance E|phi|^2 - |E phi|^2 of features [..., M, D] over M >= 2 references: [...]."""
-    M, total = features.shape[-2], features.sum(-2)
-    squares = features.square().sum((-2, -1))
-    return squares / M - (total.square().sum(-1) - squares) / (M * (M - 1))

@@ -29,6 +29,7 @@ ADDED = (
     f"choose another folder, or delete it. To add a model, a benchmark or a k, delete {RESULTS} alone: the records "
     "stay, and only what is new is measured."
 )
+CAME_LATER = {"kernels": []}  # settings, as they were in results from before there were any
 NOT_OF_THE_RESULTS = ("output_dir", "plots", "batch_size", "device", "vllm_gpu_memory_utilization")
 
 
@@ -46,7 +47,7 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
             raise ValueError(f"output_dir: {folder / name} is in the way of what is written: rename or delete it.")
     if (folder / RESULTS).exists():
         try:
-            before = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
+            before = {**CAME_LATER, **json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"output_dir: {folder / RESULTS} holds no results of an evaluation ({error!r}): delete it, what is "

@@ -6,6 +6,7 @@ from math import inf
 
 MEASURES = ("cross_entropy", "feature_matching", "calibration", "diversity")
 LENGTHS = (1, 2, 4, 8, 16, 32, 64)
+KERNELS = ("rbf", "energy", "characteristic", "ngram")  # beside the inner product
 
 # Measures whose numbers belong to the places of a completion.
 BY_POSITION = ("entropy/rollout", "entropy/reference", "cross_entropy/reference")
@@ -18,6 +19,7 @@ class DocumentSettings:
     Attributes:
         measures: Of `MEASURES`.
         lengths: Completion lengths of the feature-matching loss, in tokens, ascending.
+        kernels: Of `KERNELS`: the feature-matching loss also under these.
         num_generations: N, rollouts per context.
         contexts_per_document: At most so many; see `contexts.random_contexts`.
         context_length: Shortest prefix of a context, in tokens.
@@ -31,6 +33,7 @@ class DocumentSettings:
 
     measures: tuple[str, ...] = MEASURES
     lengths: tuple[int, ...] = LENGTHS
+    kernels: tuple[str, ...] = ()
     num_generations: int = 8
     contexts_per_document: int = 4
     context_length: int = 8
@@ -44,6 +47,10 @@ class DocumentSettings:
             raise ValueError(f"metrics={list(self.measures)}: use some of {', '.join(MEASURES)}.")
         if not self.lengths or min(self.lengths) < 1 or sorted(set(self.lengths)) != list(self.lengths):
             raise ValueError(f"lengths={list(self.lengths)} must be ascending numbers of tokens, each at least 1.")
+        if set(self.kernels) - set(KERNELS) or len(set(self.kernels)) < len(self.kernels):
+            raise ValueError(f"kernels={list(self.kernels)}: use each of {', '.join(KERNELS)} at most once.")
+        if self.kernels and "feature_matching" not in self.measures:
+            raise ValueError(f"kernels={list(self.kernels)} needs feature_matching among the metrics.")
         if self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations}: rollouts are compared in pairs, use 2 or more.")
         for name in ("contexts_per_document", "context_length", "batch_size"):
@@ -62,7 +69,8 @@ class DocumentSettings:
     @property
     def axes(self) -> dict[str, Sequence[int]]:
         """Of each measure that is a curve, what its numbers belong to: lengths, or places in a completion."""
-        curves = [f"feature_matching_{name}" for name in ("loss", "shared", "floor", "excess")]
+        names, of_kernels = ("loss", "shared", "floor", "excess"), ["", *(f"/{kernel}" for kernel in self.kernels)]
+        curves = [f"feature_matching_{name}{kernel}" for kernel in of_kernels for name in names]
         return {**dict.fromkeys(curves, self.lengths), **dict.fromkeys(BY_POSITION, range(1, max(self.lengths) + 1))}
 
 

@@ -14,6 +14,7 @@ from ...extras import version_of
 from ...features import FeatureNetwork
 from ...support import check_config, check_same_vocabulary
 from ..document_measures import measure_documents, prompt_groups
+from ..feature_matching import fixed_kernels
 from ..intervals import DocumentMean
 from ..records import Record, RecordFile
 from ..settings import LENGTHS
@@ -31,6 +32,7 @@ class DocumentSuite(Suite):
     def __init__(self, session: Session):
         self.session, config = session, session.config
         self.tokenizer, self.network, self.described = session.tokenizers[0], None, None
+        self.kernels: dict[str, Any] = {}
         max_length = self._max_length()
         self._check_vocabularies()
         name = str(config.dataset_name)
@@ -89,7 +91,7 @@ class DocumentSuite(Suite):
                 )
 
     def prepare(self) -> dict[str, Any]:
-        """Load the one feature network, if one is needed."""
+        """Load the one feature network, if one is needed, and fix the kernels by it."""
         if "feature_matching" not in self.settings.measures:
             return {}
         config = self.session.config
@@ -97,8 +99,9 @@ class DocumentSuite(Suite):
         layers: Any = config.feature_layers  # numbers by now
         self.network = FeatureNetwork(model, layers, norm=config.feature_norm)
         self.described = loading.describe_feature_network(self.network)
+        self.kernels = fixed_kernels(self.network, self.documents, self.settings)
         self.network.model.to("cpu")  # until it is needed: another suite may want the memory
-        return {"feature_network": self.described}
+        return {"feature_network": self.described} | ({"kernels": self.kernels} if self.kernels else {})
 
     def open_records(self, turn: Turn) -> None:
         """Those of the documents."""
@@ -107,6 +110,8 @@ class DocumentSuite(Suite):
     def _file(self, turn: Turn) -> RecordFile:
         about = asdict(self.settings) | {"phi": self.described}
         del about["batch_size"]  # no rollout depends on its neighbours
+        if not self.settings.kernels:
+            del about["kernels"]  # as in records from before there were any
         if "diversity" in self.settings.measures:
             about["self_bleu"] = version_of("sacrebleu")
         return turn.records("documents", about, self.documents)
@@ -130,7 +135,7 @@ class DocumentSuite(Suite):
             return
         if self.network is not None:
             self.network.model.to(self.session.device)
-        yield from measure_documents(turn.model, self.network, left, self.settings, turn.tokenizer)
+        yield from measure_documents(turn.model, self.network, left, self.settings, turn.tokenizer, self.kernels)
         if self.network is not None:
             self.network.model.to("cpu")  # another suite may want the memory
 

@@ -56,7 +56,8 @@ BLOCKS = ("--stride", "2", "--completion_length", "3", "--num_generations", "2",
 
 @pytest.mark.parametrize("words", [(), ("--packing",), ("--dataset_streaming",)], ids=["rows", "packed", "streamed"])
 def test_blocks_of_a_run_lie_in_every_turn(models, workplace, words):
-    assert train(models / "chatml", *BLOCKS, *TAGS, *words) == 0
+    Path("tags.yaml").write_text("reasoning_tags: ['<think>', '</think>']\n")
+    assert train(models / "chatml", "--config", "tags.yaml", *BLOCKS, *words) == 0
     tokenizer = byte_bpe_tokenizer()
     ids = tokenizer(ANSWER)["input_ids"]
     wanted = [tokenizer.decode(ids[k : k + 3]) for k in range(0, len(ids) - 2, 2)]

@@ -144,12 +144,10 @@ class EBFTConfig(TrainingArguments):
         "Each assistant turn is a document of its own, behind the history that the model sees at inference. Default: "
         "only in conversations where the chat template renders that history otherwise when more follow.",
     )
-    reasoning_tags: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Opening and closing tag (<think> </think>) of reasoning, which stays as context: no "
-            "cross-entropy on it, no block in it or across it. Default: none."
-        },
+    reasoning_tags: list[str] | None = _setting(
+        None,
+        "Opening and closing tag (<think> </think>) of reasoning, which stays as context: no cross-entropy on it, no "
+        "block in it or across it. Default: none.",
     )
     dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
 

@@ -39,7 +39,7 @@ def detect_format(dataset: "Dataset | IterableDataset", dataset_label: str = "tr
 def has_prompt(
     dataset: "Dataset | IterableDataset",
     *,
-    reasoning_tags: Sequence[str] = (),
+    reasoning_tags: Sequence[str] | None = None,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
 ) -> bool:
     """Whether `completion_mask` sets answers apart from prompts: the default anchors are then the completions'.

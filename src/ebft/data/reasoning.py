@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_tags(tags: Sequence[str]) -> None:
+def check_tags(tags: Sequence[str] | None) -> None:
     """Refuse what is neither nothing nor an opening and a closing tag that can be told apart.
 
     Raises:

@@ -41,7 +41,7 @@ def tokenize_documents(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     split_turns: bool | None = None,
-    reasoning_tags: Sequence[str] = (),
+    reasoning_tags: Sequence[str] | None = None,
     needs_turns: bool = False,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     num_proc: int | None = None,
@@ -84,6 +84,7 @@ def tokenize_documents(
     from datasets import Dataset
 
     check_tags(reasoning_tags)
+    tags = tuple(reasoning_tags or ())
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a document needs at least 2 tokens, one to predict the other from")
     format, formatting_func = _check_format(dataset, tokenizer, formatting_func, completion_only_loss, dataset_label)
@@ -97,7 +98,7 @@ def tokenize_documents(
             split_turns=split_turns,
             completion_only_loss=completion_only_loss and format == "prompt_completion",
             assistant_only_loss=assistant_only_loss,
-            needs_turns=needs_turns or bool(reasoning_tags),
+            needs_turns=needs_turns or bool(tags),
             prompts=format == "prompt_completion",
         )
     elif assistant_only_loss or split_turns:
@@ -106,14 +107,14 @@ def tokenize_documents(
             f"{name}=True, but {dataset_label} holds no messages (format: {format}): set it to False, or give "
             "`messages`, or `prompt` and `completion` as lists of messages"
         )
-    _check_reasoning(reasoning_tags, format, tokenizer, dataset_label)
+    _check_reasoning(tags, format, tokenizer, dataset_label)
     encode = _Encoder(
         tokenizer,
         format,
         max_length,
         completion_only_loss,
         conversations,
-        tuple(reasoning_tags),
+        tags,
         formatting_func,
         dataset_label,
     )

@@ -90,7 +90,9 @@ class EvaluationConfig:
         "Each assistant turn is a document of its own, behind the history that the model sees. Default: as in "
         "training.",
     )
-    reasoning_tags: list[str] = _setting([], "Opening and closing tag of reasoning, which stays as context.")
+    reasoning_tags: list[str] | None = _setting(
+        None, "Opening and closing tag of reasoning, which stays as context. Default: none."
+    )
     metrics: list[str] = _setting(list(MEASURES), f"Measures of the documents: {', '.join(MEASURES)}.")
     lengths: list[int] = _setting(
         [], "Completion lengths of the rollouts. Default: 1, 2, 4, ... 64, as far as they fit."

@@ -211,7 +211,7 @@ def test_bleu_is_sacrebleus_of_the_first_line():
         (("--method", "sft", "--reward", "bleu"), "reward: got bleu, which does nothing without method: rlvr"),
         (
             ("--max_completion_length", "9"),
-            "does nothing without method: rlvr; EBFT's blocks have `completion_length`",
+            "does nothing without method: rlvr or rollout: completion",
         ),
         (("--method", "rlvr", "--reward", "bleu", "--ce_coef", "1"), "ce_coef=1.0 does nothing with method: rlvr"),
         (("--method", "rlvr", "--reward", "speed"), "reward='speed' is unknown: use unit_tests, bleu"),

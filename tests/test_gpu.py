@@ -11,8 +11,10 @@ from ebft import flex
 from ebft.attention import BlockPlan, attend
 from ebft.blocks import BlockLayout
 from ebft.features import FeatureNetwork
+from ebft.kernels import Kernel, kernel_gram, median_distance, ngram_gram
 from ebft.liger import take_liger_kernels
 from ebft.logprobs import LogProbs, document_and_block_loss
+from ebft.noise import random_frequencies
 from ebft.rollout import sample_blocks, sample_rollouts
 from ragged import doc_ids_of, ragged_batch
 
@@ -48,6 +50,29 @@ def on_gpu(function, tensors, layout, **options):
         patch.setattr(test_attention, "BlockPlan", Plan)
         patch.setattr(test_attention, "attend", attend)
         return function(tensors, layout, N, **options)
+
+
+@pytest.mark.parametrize("name", ["rbf", "energy", "characteristic"])
+def test_kernels_are_the_cpus(name):
+    generator = torch.Generator().manual_seed(0)
+    gen, ref = (torch.randn(*shape, 96, generator=generator) for shape in ((7, 5, 4), (7, 5)))
+    gen[:, :, 2], ref[:, 1], gen[3, 4, 1, 0] = gen[:, :, 0], gen[:, 1, 0], torch.nan
+    kernel = Kernel(name, (5.0, 20.0), random_frequencies(96, 32, (5.0,), seed=0))
+    there = kernel_gram(gen.cuda(), ref.cuda(), kernel)
+    for one, other in zip(there, kernel_gram(gen, ref, kernel), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-12, equal_nan=True)
+    if name != "characteristic":
+        assert (there.cross[:, 1, 0] == (0 if name == "energy" else 1)).all(), "of equal features"
+    torch.testing.assert_close(median_distance(gen[0].cuda()).cpu(), median_distance(gen[0]))
+
+
+def test_ngrams_are_the_cpus():
+    tokens = torch.randint(0, 3, (7, 5, 4, 6), generator=torch.Generator().manual_seed(0))
+    there, here = (
+        ngram_gram(tokens.cuda(), tokens[:, :, 0].cuda(), (1, 3)),
+        ngram_gram(tokens, tokens[:, :, 0], (1, 3)),
+    )
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

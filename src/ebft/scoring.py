@@ -24,7 +24,7 @@ from .layouts import batch_layout
 from .rewards import Gram, Rewards, rewards_from_gram
 from .rollout import Rollouts
 
-# Of a dataset, what the median distance is taken of: 30,000 pairs, and half of a step's documents in a typical run.
+# Of a dataset, what the median distance is taken of: 30,000 pairs, from the documents of two typical steps.
 DOCUMENTS, BLOCKS_OF_A_DOCUMENT = 32, 8
 MOST_READ = 1024  # documents that are looked through for some with a block
 

@@ -19,7 +19,7 @@ READ_BY = {
     ),
     "rlvr": (
         *("model_init_kwargs", "max_length", "num_generations", "temperature", "top_k", "top_p", "beta"),
-        "rollout_save_steps",
+        *("max_completion_length", "rollout_save_steps"),
     ),
 }
 # As TRL has them; EBFT's own default is smaller than SFT's.

@@ -14,7 +14,8 @@ with its paired difference. An interrupted command goes on where it stopped when
 On documents (--metrics, by default all four):
   cross_entropy     nats per token and perplexity, over all tokens and over answer tokens
   feature_matching  unbiased feature-matching loss by completion length, from full-length rollouts; where several
-                    documents share a prompt, also the variance of the references (the floor) and what is above it
+                    documents share a prompt, also the variance of the references (the floor) and what is above it;
+                    --kernels rbf energy characteristic ngram: the same under these too (docs/kernels.md)
   calibration       entropy of the k-th generated token, beside cross-entropy and entropy on the text at that place
   diversity         duplicate rate, distinct n-grams, self-BLEU (needs sacrebleu)
 

@@ -184,7 +184,9 @@ def test_context_manager_restores():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_attention_sinks_are_refused():
+def test_attention_sinks_are_refused(monkeypatch):
+    """By the attention itself, should such a model ever get there: by its family it is run in plain rows."""
+    monkeypatch.setattr("ebft.forward.packs", lambda model: True)
     sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
     config = GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     config._attn_implementation = "eager"

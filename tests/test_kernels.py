@@ -216,9 +216,10 @@ def test_ngrams_of_completions_that_end():
     ids = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in rows])
     gram = ngram_gram(ids[:-1], ids[-2], sizes)
     kernel = partial(oracles.kernel_value, name="ngram", sizes=sizes)
-    expected = torch.tensor([[kernel(np.array(x), np.array(y)) for y in rows[:-1]] for x in rows[:-1]])
-    torch.testing.assert_close(gram.rollouts, expected.double(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(gram.cross, expected[:, -1].double(), rtol=1e-12, atol=0)
+    values = [[kernel(np.array(x), np.array(y)) for y in rows[:-1]] for x in rows[:-1]]
+    expected = torch.tensor(values, dtype=torch.float64)
+    torch.testing.assert_close(gram.rollouts, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gram.cross, expected[:, -1], rtol=1e-12, atol=0)
     assert gram.reference == gram.rollouts[-1, -1]
     assert not ngram_gram(ids[:-1], ids[-1], sizes).cross.any()
 

@@ -262,7 +262,7 @@ def test_one_token_blocks(temperature):
 def test_no_block_at_all():
     layout = BlockLayout.from_documents(doc_ids_of([[4], [2, 2]]), stride=1, context_length=3, completion_length=3)
     rollouts = sample_rollouts(tiny_model(), INPUT_IDS[:2, :4], layout, 5)
-    assert all(x.shape == (2, 0, 5, 3) for x in rollouts)
+    assert all(x.shape == (2, 0, 5, 3) for x in rollouts[:3])
 
 
 def test_adapters_take_part():

@@ -143,6 +143,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: missing; give one model or several.")
+        self.kernels = list(self.kernels)
         names = self.names
         for field_name in ("model_name_or_path", "code_benchmark"):
             short = [name.replace("/", "_") for name in short_names(getattr(self, field_name))]

@@ -105,6 +105,10 @@ def test_refused(tmp_path, monkeypatch):
         config(tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match=r"vllm_gpu_memory_utilization=1.5 must be in \(0, 1\)"):
         config(tmp_path, **SETTINGS, use_vllm=True, vllm_gpu_memory_utilization=1.5)
+    with pytest.raises(ValueError, match="vllm_mode='server' does nothing without use_vllm: true"):
+        config(tmp_path, **SETTINGS, vllm_mode="server")
+    with pytest.raises(ValueError, match=r"stop_token_ids=\[3\] does nothing without rollout: completion"):
+        config(tmp_path, stop_token_ids=[3])
     if "vllm" not in sys.modules:
         with pytest.raises(
             ValueError, match=r"use_vllm=True needs vllm, which is not installed: pip install 'ebft\[vllm\]'"

@@ -8,13 +8,12 @@ from transformers import TrainingArguments
 
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
+from .config_checks import check_liger, check_parts, check_refused
 from .data.reasoning import check_tags
 from .extras import require
-from .features import NORMS, POOLINGS, POOLINGS_OF_COMPLETIONS, REDUCTIONS
+from .features import NORMS, POOLINGS, REDUCTIONS
 from .kernel_options import check_kernel, default_whitening
 from .kernels import KERNELS
-from .liger import LOSSES as LIGER_LOSSES
-from .liger import WITHOUT_LOSSES
 from .losses import DECAYS, KL_ESTIMATORS, LOSS_NORMALIZATIONS
 from .rewards import ALIGNMENTS, WHITENINGS
 
@@ -220,8 +219,8 @@ class EBFTConfig(TrainingArguments):
         check_kernel(self)
         self._check_ranges()
         self._check_combinations()
-        self._check_refused()
-        self._check_liger()
+        check_refused(self)
+        check_liger(self)
 
     def _check_choices(self) -> None:
         for name, spec in self.__dataclass_fields__.items():
@@ -311,10 +310,7 @@ class EBFTConfig(TrainingArguments):
                 "reuse_sampling_forward=True keeps the activations that gradient_checkpointing=True would not: "
                 "use one of the two."
             )
-        if self.rollout == "completion":
-            self._check_completions()
-        self._check_vllm()
-        self._check_feature_network()
+        check_parts(self)
         check_tags(self.reasoning_tags)
         if self.reasoning_tags and self.anchors == "all":
             raise ValueError(
@@ -338,95 +334,6 @@ class EBFTConfig(TrainingArguments):
             raise ValueError(
                 f"alignment='dot' contradicts whitening='{self.whitening}', whose alignment is a cosine: "
                 "leave alignment unset or set whitening: none."
-            )
-
-    def _check_completions(self) -> None:
-        if self.pooling not in POOLINGS_OF_COMPLETIONS:
-            raise ValueError(
-                f"pooling='{self.pooling}' needs rollouts of one length, which those of rollout='completion' are not: "
-                f"use {' or '.join(POOLINGS_OF_COMPLETIONS)}."
-            )
-        if self.anchors == "all":
-            raise ValueError(
-                "anchors='all' with rollout='completion': a whole completion starts behind a prompt; leave anchors "
-                "unset, or use rollout: blocks for text without prompts."
-            )
-        if self.stop_token_ids is not None and (not self.stop_token_ids or min(self.stop_token_ids) < 0):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids}: give token ids, or leave it unset for EOS.")
-        for name in ("random_anchor_offset", "reuse_sampling_forward"):
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} is for rollout: blocks: leave it unset.")
-
-    def _check_feature_network(self) -> None:
-        if not 0 < self.feature_ema_decay < 1:
-            raise ValueError(f"feature_ema_decay={self.feature_ema_decay} must be in (0, 1).")
-        if self.feature_network != "ema":
-            if self.feature_ema_decay != type(self).feature_ema_decay:
-                raise ValueError(
-                    f"feature_ema_decay={self.feature_ema_decay} does nothing with feature_network="
-                    f"'{self.feature_network}': leave it unset, or set feature_network: ema."
-                )
-            return
-        if self.feature_model_name_or_path is not None:
-            raise ValueError(
-                f"feature_model_name_or_path='{self.feature_model_name_or_path}' with feature_network='ema', which is "
-                "the policy's own average: keep one of the two."
-            )
-        if self.fsdp or self.deepspeed:
-            raise ValueError(
-                "feature_network='ema' needs the policy's whole weights on every process, which FSDP and DeepSpeed "
-                "shard: use pretrained or random."
-            )
-
-    def _check_vllm(self) -> None:
-        if not self.use_vllm:
-            return
-        if self.rollout != "completion":
-            raise ValueError("use_vllm=True: vLLM cannot sample blocks: set rollout: completion, or leave it off.")
-        if not 0 < self.vllm_gpu_memory_utilization < 1:
-            raise ValueError(f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization} must be in (0, 1).")
-        require("vllm", "vllm", "use_vllm=True")
-
-    def _check_liger(self) -> None:
-        if not self.use_liger_kernel:
-            return
-        given = self.liger_kernel_config or {}
-        losses = [name for name in LIGER_LOSSES if given.get(name)]
-        if losses:
-            raise ValueError(
-                f"liger_kernel_config: {losses[0]} replaces the forward that block rollouts need: leave it out "
-                "(the LM head runs in chunks anyway)."
-            )
-        self.liger_kernel_config = {**given, **WITHOUT_LOSSES}
-
-    def _check_refused(self) -> None:
-        reasons = {
-            "fp16": "float16 is not supported: use bf16: true, or neither for float32",
-            "auto_find_batch_size": "it would change the step's batch: set per_device_train_batch_size",
-            "logging_nan_inf_filter": "it hides a NaN loss: leave it off",
-            "bf16_full_eval": "it would round the float32 weights: leave it off, autocast is used anyway",
-            "fp16_full_eval": "it would round the float32 weights: leave it off",
-            "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
-            "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
-            "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
-            "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
-            "remove_unused_columns": "the collator chooses its columns itself: leave it off",
-        }
-        for name, reason in reasons.items():
-            if getattr(self, name, None) not in (None, False, 0, "no"):
-                raise ValueError(f"{name}={getattr(self, name)}: {reason}.")
-        if str(self.train_sampling_strategy) not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy}: its order is drawn from a stream that "
-                "evaluation and resume disturb: use random or sequential."
-            )
-        accelerator: Any = self.accelerator_config
-        if not accelerator.use_seedable_sampler:
-            raise ValueError("accelerator_config.use_seedable_sampler=False: resume would not be exact; leave it on.")
-        parallelism = self.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "parallelism_config: context parallelism would cut documents apart; set cp_size and sp_size to 1."
             )
 
     def check_liger_runs(self) -> None:

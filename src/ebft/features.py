@@ -117,7 +117,8 @@ class FeatureNetwork:
 
     def size(self, completion_length: int) -> int:
         """D, of blocks of so many tokens."""
-        size = self.decoder.config.get_text_config().hidden_size  # type: ignore[union-attr]
+        config: Any = self.decoder.config
+        size = config.get_text_config().hidden_size
         size *= len(self.layer_indices) if self.reduction == "concat" else 1
         return size * completion_length if self.pooling == "concat" else size
 

@@ -110,7 +110,7 @@ def install(model: nn.Module) -> PreTrainedModel:
     return lm
 
 
-def packs(model: PreTrainedModel) -> bool:
+def packs(model: Any) -> bool:
     """Whether rollouts can share their prefix in one row of this model; else each is a row of its own (`plain`)."""
     return reason_against_blocks(model.config) is None
 
@@ -138,7 +138,7 @@ def decode(
     decoder: nn.Module, input_ids: Tensor, plan: BlockPlan, position_ids: Tensor, cache: BlockCache | None = None
 ) -> Any:
     """Run the decoder (no LM head) over packed rows; `last_hidden_state` of its output is [B, T, H]."""
-    if not packs(decoder):  # type: ignore[arg-type]
+    if not packs(decoder):
         assert cache is None, "such models are sampled by `plain.generate`"
         return plain.decode(decoder, input_ids, plan.plain_rows(len(input_ids)))
     return decoder(

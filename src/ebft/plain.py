@@ -95,13 +95,14 @@ def generate(
         tokens = pick(logits, ids.shape[1] - len(back))
         return torch.full_like(logits, -torch.inf).scatter_(1, tokens, 0.0)
 
+    processors: Any = [process]  # transformers takes any function, and says otherwise
     with own_generation_config(lm, stop_token_ids, pad=0):
         lm.generate(
             prompts.flatten(0, 1).repeat_interleave(N, 0),
             attention_mask=inside.long().flatten(0, 1).repeat_interleave(N, 0).to(input_ids.device),
             max_new_tokens=G,
             do_sample=False,
-            logits_processor=LogitsProcessorList([process]),  # type: ignore[list-item]
+            logits_processor=LogitsProcessorList(processors),
         )
 
 

@@ -61,9 +61,13 @@ class TextFeatures:
     def __init__(self, reader: Any, tokenizer: Any, stop_token_ids: Sequence[int] = ()):
         self.reader, self.tokenizer, self.stops = reader, tokenizer, frozenset(stop_token_ids)
 
-    def __getattr__(self, name: str) -> Any:
-        """What is told of a network (its layers, its decoder, ...) is the reader's."""
-        return getattr(self.__dict__["reader"], name)
+        # What a run tells and stores of its network, moves to its device and counts.
+        self.model, self.decoder, self.layer_indices = reader.model, reader.decoder, reader.layer_indices
+        self.pooling, self.norm, self.reduction = reader.pooling, reader.norm, reader.reduction
+
+    def size(self, completion_length: int) -> int:
+        """D."""
+        return self.reader.size(completion_length)
 
     @torch.no_grad()
     def __call__(
@@ -122,9 +126,12 @@ class DecoderReader:
     def __init__(self, network: FeatureNetwork, tokenizer: Any, most: int):
         self.network, self.tokenizer, self.most = network, tokenizer, most
 
-    def __getattr__(self, name: str) -> Any:
-        """What is told of the network."""
-        return getattr(self.__dict__["network"], name)
+        self.model, self.decoder, self.layer_indices = network.model, network.decoder, network.layer_indices
+        self.pooling, self.norm, self.reduction = network.pooling, network.norm, network.reduction
+
+    def size(self, completion_length: int) -> int:
+        """D."""
+        return self.network.size(completion_length)
 
     def read(self, texts: Sequence[Text]) -> Tensor:
         """Features [M, D]: of the last token of each text, or the mean over the tokens behind its prefix."""

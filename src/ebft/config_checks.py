@@ -1,0 +1,154 @@
+"""Checks of `EBFTConfig`, each of one part of a run: completions, feature network, vLLM, Liger, what is refused."""
+
+from typing import Any
+
+from .extras import require
+from .features import POOLINGS_OF_COMPLETIONS
+from .liger import LOSSES as LIGER_LOSSES
+from .liger import WITHOUT_LOSSES
+
+
+def check_parts(args: Any) -> None:
+    """Check how rollouts are made and what judges them.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    check_completions(args) if args.rollout == "completion" else check_blocks(args)
+    check_vllm(args)
+    check_feature_network(args)
+
+
+def check_completions(args: Any) -> None:
+    """Refuse what rollouts of whole completions cannot have.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if args.pooling not in POOLINGS_OF_COMPLETIONS:
+        raise ValueError(
+            f"pooling='{args.pooling}' needs rollouts of one length, which those of rollout='completion' are not: "
+            f"use {' or '.join(POOLINGS_OF_COMPLETIONS)}."
+        )
+    if args.anchors == "all":
+        raise ValueError(
+            "anchors='all' with rollout='completion': a whole completion starts behind a prompt; leave anchors "
+            "unset, or use rollout: blocks for text without prompts."
+        )
+    if args.stop_token_ids is not None and (not args.stop_token_ids or min(args.stop_token_ids) < 0):
+        raise ValueError(f"stop_token_ids={args.stop_token_ids}: give token ids, or leave it unset for EOS.")
+    for name in ("random_anchor_offset", "reuse_sampling_forward"):
+        if getattr(args, name):
+            raise ValueError(f"{name}={getattr(args, name)} is for rollout: blocks: leave it unset.")
+
+
+def check_feature_network(args: Any) -> None:
+    """Refuse a moving average that cannot be kept, and its option without it.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if not 0 < args.feature_ema_decay < 1:
+        raise ValueError(f"feature_ema_decay={args.feature_ema_decay} must be in (0, 1).")
+    if args.feature_network != "ema":
+        if args.feature_ema_decay != type(args).feature_ema_decay:
+            raise ValueError(
+                f"feature_ema_decay={args.feature_ema_decay} does nothing with feature_network="
+                f"'{args.feature_network}': leave it unset, or set feature_network: ema."
+            )
+        return
+    if args.feature_model_name_or_path is not None:
+        raise ValueError(
+            f"feature_model_name_or_path='{args.feature_model_name_or_path}' with feature_network='ema', which is "
+            "the policy's own average: keep one of the two."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "feature_network='ema' needs the policy's whole weights on every process, which FSDP and DeepSpeed "
+            "shard: use pretrained or random."
+        )
+
+
+def check_vllm(args: Any) -> None:
+    """Refuse vLLM where it cannot sample, or is not installed.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if not args.use_vllm:
+        _refuse_without(args, "use_vllm: true", *(name for name in vars(args) if name.startswith("vllm_")))
+        return
+    if args.rollout != "completion":
+        raise ValueError("use_vllm=True: vLLM cannot sample blocks: set rollout: completion, or leave it off.")
+    if not 0 < args.vllm_gpu_memory_utilization < 1:
+        raise ValueError(f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} must be in (0, 1).")
+    require("vllm", "vllm", "use_vllm=True")
+
+
+def check_liger(args: Any) -> None:
+    """Leave out Liger's losses, and refuse them where they are asked for.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if not args.use_liger_kernel:
+        return
+    given = args.liger_kernel_config or {}
+    losses = [name for name in LIGER_LOSSES if given.get(name)]
+    if losses:
+        raise ValueError(
+            f"liger_kernel_config: {losses[0]} replaces the forward that block rollouts need: leave it out "
+            "(the LM head runs in chunks anyway)."
+        )
+    args.liger_kernel_config = {**given, **WITHOUT_LOSSES}
+
+
+def check_refused(args: Any) -> None:
+    """Refuse transformers' settings that cannot be right here.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    reasons = {
+        "fp16": "float16 is not supported: use bf16: true, or neither for float32",
+        "auto_find_batch_size": "it would change the step's batch: set per_device_train_batch_size",
+        "logging_nan_inf_filter": "it hides a NaN loss: leave it off",
+        "bf16_full_eval": "it would round the float32 weights: leave it off, autocast is used anyway",
+        "fp16_full_eval": "it would round the float32 weights: leave it off",
+        "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
+        "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
+        "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
+        "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
+        "remove_unused_columns": "the collator chooses its columns itself: leave it off",
+    }
+    for name, reason in reasons.items():
+        if getattr(args, name, None) not in (None, False, 0, "no"):
+            raise ValueError(f"{name}={getattr(args, name)}: {reason}.")
+    if str(args.train_sampling_strategy) not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy}: its order is drawn from a stream that "
+            "evaluation and resume disturb: use random or sequential."
+        )
+    accelerator: Any = args.accelerator_config
+    if not accelerator.use_seedable_sampler:
+        raise ValueError("accelerator_config.use_seedable_sampler=False: resume would not be exact; leave it on.")
+    parallelism = args.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "parallelism_config: context parallelism would cut documents apart; set cp_size and sp_size to 1."
+        )
+
+
+def check_blocks(args: Any) -> None:
+    """Refuse what rollouts of blocks do not read.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    _refuse_without(args, "rollout: completion", "stop_token_ids")
+
+
+def _refuse_without(args: Any, needed: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) != type(args).__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={getattr(args, name)!r} does nothing without {needed}: leave it unset.")

@@ -78,10 +78,13 @@ class Page:
         return [entry["message"] for entry in self.browser.get_log("browser")]
 
     def fetched(self) -> list[str]:
-        """What the page asked the network, or the disk, for, beside itself."""
+        """What the page, and not the browser for its own ones, asked the network or the disk for, beside itself."""
         messages = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
-        urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("data:", "blob:", self.browser.current_url))]
+        sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+        page = self.browser.current_url
+        urls = [request["request"]["url"] for request in sent if request["documentURL"].startswith(page)]
+        assert any(url.startswith(page) for url in urls), "the page itself is among the requests that are seen"
+        return [url for url in urls if not url.startswith(("data:", "blob:", page))]
 
 
 @pytest.fixture(scope="module")

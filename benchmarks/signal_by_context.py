@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gradient_signal import between, gradients
-from ebft import models
+from ebft import pretrained
 from ebft.cli.arguments import parse
 from ebft.data import load_documents, tokenize_documents
 
@@ -36,7 +36,7 @@ OF_ONE = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps",
 def contexts_of(model: str, words: list[str], count: int) -> list[Context]:
     """Documents cut behind a block of rollouts at a random place, with that block alone as their answer."""
     arguments = parse(words)
-    settings, tokenizer = arguments.training, models.load_tokenizer(model)
+    settings, tokenizer = arguments.training, pretrained.load_tokenizer(model)
     rows = load_documents(arguments.data.dataset_name)
     documents: Any = tokenize_documents(rows, tokenizer, max_length=int(settings.max_length or 0))
     length, found, rng = settings.completion_length, [], random.Random(settings.seed)

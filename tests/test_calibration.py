@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from ebft import calibration, measuring, models
+from ebft import calibration, feature_models, measuring, models
 from ebft.blocks import BlockLayout
 from ebft.cli import main
 from ebft.cut import Cut, cut_model
@@ -118,7 +118,7 @@ def test_seconds_grow_by_one_layer_at_a_time(tmp_path, monkeypatch):
     deep = Qwen2Config(**LARGE | {"num_hidden_layers": 9})
     with torch.device("meta"):
         policy = models.load_policy(AutoModelForCausalLM.from_config(deep), args)
-        network = models.load_feature_network(policy, args)  # layers 2, 4 and 6
+        network = feature_models.load_feature_network(policy, args)  # layers 2, 4 and 6
     documents = Documents.of_length(40, 4, 4, 4, None)
     method = Method(3, 4)
     batch = calibration.typical_micro_batch(None, documents, args, "all", method, most_rows=1)

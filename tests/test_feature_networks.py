@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import step_oracle
-from ebft.models import load_feature_network, load_policy, weights_hash
+from ebft.feature_models import load_feature_network, weights_hash
+from ebft.models import load_policy
 from ebft.moving_average import FILE
 from test_trainer_step import LORA, PROMPTED, oracle_documents
 from tiny_models import tiny_model

@@ -18,16 +18,11 @@ from transformers import (
 
 from ebft.config import EBFTConfig
 from ebft.families import TESTED
+from ebft.feature_models import load_feature_network, weights_hash
 from ebft.features import FeatureNetwork
 from ebft.logprobs import block_log_probs
-from ebft.models import (
-    load_config,
-    load_feature_network,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    weights_hash,
-)
+from ebft.models import load_policy, load_reference
+from ebft.pretrained import load_config, load_tokenizer
 from ebft.support import check_adapters_off_is_base, check_config, check_tokenizer, verify_blocks
 from ebft.text_features import TextFeatures
 from ragged import ragged_batch, random_tokens

@@ -110,7 +110,7 @@ def test_nothing_is_scored_and_no_kernel_made_without_rollouts(tmp_path):
 
 
 def test_ngrams_load_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("ebft.models.load_feature_network", None)
+    monkeypatch.setattr("ebft.feature_models.load_feature_network", None)
     ours = made(tmp_path, kernel="ngram")
     assert ours.feature_network is None and ours.feature_network_record is None
     assert ours.kernel_record == {"name": "ngram", "sizes": [1, 2, 3]}

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from ebft import BlockLayout
 from ebft.cli.train import run as run_train
-from ebft.models import load_feature_network
+from ebft.feature_models import load_feature_network
 from ebft.text_features import TextFeatures
 from test_completions import SETTINGS as COMPLETIONS
 from tiny import byte_bpe_tokenizer

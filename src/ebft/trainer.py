@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from . import advantages as advantage_estimators
-from . import losses, models, noise
+from . import feature_models, losses, models, noise, pretrained
 from ._compat import loss_is_whole_steps
 from .ahead import SamplingAhead
 from .artifacts import check_output_dir
@@ -25,6 +25,7 @@ from .config import EBFTConfig
 from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, predictions_of, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
+from .forward import causal_lm
 from .integrations.vllm import VLLMSampler
 from .layouts import batch_layout, documents_without_block, no_rollouts
 from .liger import take_liger_kernels_like
@@ -90,14 +91,14 @@ class EBFTTrainer(RecordedTrainer):
         args.check_one_device()
         args.check_liger_runs()
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
-        config = models.check_named_policy(model, args) if isinstance(model, str) else models.causal_lm(model).config
+        config = models.check_named_policy(model, args) if isinstance(model, str) else causal_lm(model).config
         base_name = config.name_or_path
         if processing_class is None:
-            processing_class = models.load_tokenizer(str(base_name))
+            processing_class = pretrained.load_tokenizer(str(base_name))
         check_tokenizer(processing_class, config)
         feature_model = feature_model or args.feature_model_name_or_path
         if isinstance(feature_model, str):
-            models.check_named_feature_model(feature_model, args, config, processing_class)
+            feature_models.check_named_feature_model(feature_model, args, config, processing_class)
         elif feature_model is None:
             layer_indices(args.feature_layers, config.get_text_config().num_hidden_layers)
         models.complete_stop_token_ids(args, model, processing_class)
@@ -109,9 +110,8 @@ class EBFTTrainer(RecordedTrainer):
             args.learning_rate = models.default_learning_rate(policy)
         scores = args.rl_coef > 0 or eval_dataset is not None
         needs_features = scores and args.kernel != "ngram"
-        self.feature_network = (
-            models.load_feature_network(policy, args, feature_model, processing_class) if needs_features else None
-        )
+        load = feature_models.load_feature_network
+        self.feature_network = load(policy, args, feature_model, processing_class) if needs_features else None
         self.reference_model = (
             models.load_reference(policy, new_adapter=peft_config is not None) if args.beta and args.rl_coef else None
         )
@@ -149,7 +149,7 @@ class EBFTTrainer(RecordedTrainer):
             return
         if network.model is not self.model:
             network.model.to(self.args.device)
-        self.record_feature_network(models.describe_feature_network(network))
+        self.record_feature_network(feature_models.describe_feature_network(network))
         if self.args.feature_network == "ema":
             self.follow_policy()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import RLOOConfig, RLOOTrainer
 
-from .. import models
+from .. import models, pretrained
 from ..config import EBFTConfig
 from ..data import has_prompt
 from ..support import check_tokenizer
@@ -52,7 +52,7 @@ def rlvr_trainer(
     if args.num_generations < 2:
         raise ValueError(f"num_generations={args.num_generations}: RLVR compares completions, use 2 or more.")
     config = models.check_named_policy(model, args)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = pretrained.load_tokenizer(model)
     check_tokenizer(tokenizer, config)
     train = prompts_of(train_dataset, tokenizer, args.max_length, "train_dataset")
     evaluation = None

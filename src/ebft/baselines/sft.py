@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import SFTConfig, SFTTrainer
 
-from .. import models
+from .. import models, pretrained
 from ..config import EBFTConfig
 from ..prepare import prepare_datasets
 from ..support import check_tokenizer
@@ -39,7 +39,7 @@ def sft_trainer(
     """
     check_read(args, "sft")
     config = models.check_named_policy(model, args)
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = pretrained.load_tokenizer(model)
     check_tokenizer(tokenizer, config)
     # Without blocks, that is: a document too short for one is trained on all the same, as EBFT's own cross-entropy is.
     without_blocks = dataclasses.replace(args, rl_coef=0.0, ce_coef=1.0)

@@ -82,7 +82,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     from transformers import SchedulerType
     from trl import get_peft_config, get_quantization_config
 
-    from ebft import models
+    from ebft import feature_models, models, pretrained
     from ebft.cli.train import find_checkpoint, from_pretrained_options
 
     data, args, model = arguments[:3]
@@ -91,7 +91,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     if data.num_processes == 1:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
-    tokenizer = models.load_tokenizer(name)
+    tokenizer = pretrained.load_tokenizer(name)
     models.complete_stop_token_ids(args, name, tokenizer)
     rows, documents, anchors, evaluates = _documents(arguments, tokenizer)
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
         network = None
         if (args.rl_coef or evaluates) and args.kernel != "ngram":
             source = args.feature_model_name_or_path
-            network = models.load_feature_network(policy, args, source, tokenizer)
+            network = feature_models.load_feature_network(policy, args, source, tokenizer)
         needed = args.beta and args.rl_coef
         reference = models.load_reference(policy, new_adapter=adapter is not None) if needed else None
     args.learning_rate = args.learning_rate or models.default_learning_rate(policy)

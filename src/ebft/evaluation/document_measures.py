@@ -20,7 +20,7 @@ from ..features import FeatureNetwork
 from ..forward import causal_lm, evaluation_mode
 from ..kernels import Kernel
 from ..metrics import cross_entropy_sums
-from ..models import end_ids
+from ..pretrained import end_ids
 from ..rollout import Rollouts, sample_rollouts
 from .batches import batches_of
 from .contexts import behind_prompt, contexts_of

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedConfig
 
 from ..forward import evaluation_mode
-from ..models import end_ids
 from ..plain import own_generation_config
+from ..pretrained import end_ids
 from .code_benchmarks import cut
 from .diversity import until_end
 from .settings import GenerationSettings

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..models import end_ids
+from ..pretrained import end_ids
 from .code_benchmarks import cut
 from .generation import text_behind
 from .settings import GenerationSettings

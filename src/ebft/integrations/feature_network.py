@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from ..features import NORMS, REDUCTIONS, FeatureNetwork, decoder_up_to, layer_indices
 from ..forward import causal_lm
-from ..models import attention_options, load_config, load_tokenizer
+from ..pretrained import attention_options, load_config, load_tokenizer
 from ..support import check_config
 
 POOLINGS = ("last_token", "mean_pooling")  # the others need completions of one length

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM
 
-from ... import models as loading
+from ... import pretrained
 from ..._compat import revision_of
 from ...extras import require
 from ..config import EvaluationConfig
@@ -43,14 +43,14 @@ class Session:
         if config.generation_engine == "vllm":
             require("vllm", "vllm", "generation_engine='vllm'")
             self._check_vllm_device()
-        self.model_configs = [loading.load_config(path) for path in config.model_name_or_path]
+        self.model_configs = [pretrained.load_config(path) for path in config.model_name_or_path]
         for path in config.model_name_or_path:
             check_weights(path)
         if config.feature_model_name_or_path:
-            loading.load_config(config.feature_model_name_or_path, "feature_model_name_or_path")
+            pretrained.load_config(config.feature_model_name_or_path, "feature_model_name_or_path")
             check_weights(config.feature_model_name_or_path, "feature_model_name_or_path")
         self.longest_prompt = 0
-        self.tokenizers = [loading.load_tokenizer(path) for path in config.model_name_or_path]
+        self.tokenizers = [pretrained.load_tokenizer(path) for path in config.model_name_or_path]
 
     def _check_vllm_device(self) -> None:
         if self.device.index:
@@ -207,7 +207,7 @@ def prompt_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def _fingerprint(path: str) -> Any:
     """What tells one state of a model from another: a Hub model's commit, or its files' fingerprint."""
     if not Path(path).is_dir():
-        return revision_of(loading.load_config(path))
+        return revision_of(pretrained.load_config(path))
     return files_fingerprint(Path(path).iterdir())  # results may stand in a folder below
 
 

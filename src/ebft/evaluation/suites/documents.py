@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ... import models as loading
+from ... import feature_models, pretrained
 from ...data import load_documents, tokenize_documents
 from ...extras import version_of
 from ...features import FeatureNetwork
@@ -73,7 +73,7 @@ class DocumentSuite(Suite):
         config, configs = self.session.config, list(self.session.model_configs)
         phi = config.feature_model_name_or_path
         if phi and "feature_matching" in config.metrics:
-            configs.append(loading.load_config(phi, "feature_model_name_or_path"))
+            configs.append(pretrained.load_config(phi, "feature_model_name_or_path"))
             check_same_vocabulary(configs[-1], phi, configs[0], self.tokenizer)
         length = config.max_length or min(longest_document(found) for found in configs)
         for found in configs:
@@ -98,7 +98,7 @@ class DocumentSuite(Suite):
         model = self.session.load(config.feature_model_name_or_path or config.model_name_or_path[0])
         layers: Any = config.feature_layers  # numbers by now
         self.network = FeatureNetwork(model, layers, norm=config.feature_norm)
-        self.described = loading.describe_feature_network(self.network)
+        self.described = feature_models.describe_feature_network(self.network)
         self.kernels = fixed_kernels(self.network, self.documents, self.settings)
         self.network.model.to("cpu")  # until it is needed: another suite may want the memory
         return {"feature_network": self.described} | ({"kernels": self.kernels} if self.kernels else {})

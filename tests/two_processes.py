@@ -24,6 +24,7 @@ CASES = {
     "stream": dict(rows=MIXED, stream=True),
     "rbf": dict(rows=LOPSIDED, kernel="rbf", evaluated=True),
     "fourier_stream": dict(rows=MIXED, kernel="characteristic", kernel_frequencies=16, stream=True),
+    "learned": dict(rows=LOPSIDED, feature_network="learned", feature_classifier_learning_rate=0.05, evaluated=True),
     "ngram": dict(rows=LOPSIDED, kernel="ngram", evaluated=True),
 }
 

@@ -22,6 +22,7 @@ from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, ch
 from .config import EBFTConfig
 from .features import FeatureNetwork
 from .forward import causal_lm
+from .learned_features import ClassifierSteps, LearnedFeatures
 from .memory_guard import MemoryGuard
 from .metrics import means
 from .moving_average import MovingAverage
@@ -44,7 +45,7 @@ class RecordedTrainer(Trainer):
     model: nn.Module
     # Set by the subclass, before it calls ours.
     anchors: str
-    feature_network: FeatureNetwork | None
+    feature_network: FeatureNetwork | None  # or what stands in for one
     reference_model: nn.Module | None
 
     def __init__(self, *, base_name: str | None, **kwargs):
@@ -52,7 +53,7 @@ class RecordedTrainer(Trainer):
         self.recorder = StepRecorder()
         self.run_description: dict[str, Any] = {"model_name_or_path": base_name} if base_name else {}
         self.feature_network_record: dict[str, Any] | None = None
-        self.average: MovingAverage | None = None
+        self.network_updates: MovingAverage | ClassifierSteps | None = None
         self.kernel_record: dict[str, Any] | None = None
         self.scorer: Scorer | None = None
         self.memory = MemoryGuard(kwargs["args"], kwargs["model"], self.feature_network, self.reference_model)
@@ -92,12 +93,18 @@ class RecordedTrainer(Trainer):
         if self.is_world_process_zero():
             print("Kernel: " + ", ".join(f"{k} {v}" for k, v in record.items() if k != "sha256"))
 
-    def follow_policy(self) -> None:
-        """Make the feature network the policy's moving average, and a part of every checkpoint."""
-        assert self.feature_network is not None
-        decoders = self.feature_network.decoder, causal_lm(self.model).base_model
-        self.average = MovingAverage(*decoders, self.args.feature_ema_decay)
-        self.add_callback(self.average)
+    def update_feature_network(self) -> None:
+        """Let a feature network that is not frozen change after every step, and make it a part of every checkpoint."""
+        args, network = self.args, cast(Any, self.feature_network)
+        if isinstance(network, LearnedFeatures):
+            network.classifier.to(args.device)
+            rate = args.feature_classifier_learning_rate
+            self.network_updates = ClassifierSteps(network, rate, self.recorder.add, self.sum_over_ranks)
+        elif args.feature_network == "ema" and network is not None:
+            policy = causal_lm(self.model).base_model
+            self.network_updates = MovingAverage(network.decoder, policy, args.feature_ema_decay)
+        if self.network_updates is not None:
+            self.add_callback(self.network_updates)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
@@ -127,8 +134,8 @@ class RecordedTrainer(Trainer):
         self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
         if resume_from_checkpoint:
             self.args.eval_on_start = False  # the unbroken run does not evaluate here
-            if self.average is not None:
-                self.average.load(resume_from_checkpoint)
+            if self.network_updates is not None:
+                self.network_updates.load(resume_from_checkpoint)
         self.memory.check_dataset(self.train_dataset, self.anchors)
         with self.memory.explained():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -253,8 +260,8 @@ class RecordedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with our model card beside the weights (peft leaves an empty one)."""
         super().save_model(output_dir, _internal_call)
-        if self.average is not None and _internal_call and self.is_world_process_zero():
-            self.average.save(output_dir or self.output_dir)
+        if self.network_updates is not None and _internal_call and self.is_world_process_zero():
+            self.network_updates.save(output_dir or self.output_dir)
         self._write_card(Path(output_dir or self.output_dir))
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:

@@ -19,7 +19,7 @@ from .rewards import ALIGNMENTS, WHITENINGS
 
 ANCHORS = ("completion", "all")
 ROLLOUTS = ("blocks", "completion")
-FEATURE_NETWORKS = ("pretrained", "random", "ema")
+FEATURE_NETWORKS = ("pretrained", "random", "ema", "learned")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -67,11 +67,12 @@ class EBFTConfig(TrainingArguments):
     feature_model_revision: str | None = _setting(None, "Branch, tag or commit of the feature network on the Hub.")
     feature_network: str = _setting(
         "pretrained",
-        "Its weights: those of the model it is; `random`, never trained, of the same shape; or `ema`, the moving "
-        "average of the policy's.",
+        "Its weights: those of the model it is; `random`, never trained, of the same shape; `ema`, the moving average "
+        "of the policy's; `learned` (experimental), a classifier's layer on top that tells references from rollouts.",
         FEATURE_NETWORKS,
     )
     feature_ema_decay: float = _setting(0.99, "Of feature_network: ema; what remains of the average at each step.")
+    feature_classifier_learning_rate: float = _setting(1e-3, "Of feature_network: learned; of the classifier's Adam.")
     # Strings, so that on the command line 1 (an index) and 1.0 (a fraction) stay apart; numbers after __post_init__.
     feature_layers: list[str] = field(
         default_factory=lambda: ["0.25", "0.5", "0.75"],

@@ -43,19 +43,29 @@ def check_completions(args: Any) -> None:
 
 
 def check_feature_network(args: Any) -> None:
-    """Refuse a moving average that cannot be kept, and its option without it.
+    """Refuse a moving average that cannot be kept, a classifier that cannot learn, and options without effect.
 
     Raises:
         ValueError: Names the setting and the remedy.
     """
     if not 0 < args.feature_ema_decay < 1:
         raise ValueError(f"feature_ema_decay={args.feature_ema_decay} must be in (0, 1).")
-    if args.feature_network != "ema":
-        if args.feature_ema_decay != type(args).feature_ema_decay:
+    if not 0 < args.feature_classifier_learning_rate < float("inf"):
+        raise ValueError(
+            f"feature_classifier_learning_rate={args.feature_classifier_learning_rate} must be above 0 and finite."
+        )
+    for network, option in (("ema", "feature_ema_decay"), ("learned", "feature_classifier_learning_rate")):
+        if args.feature_network != network and getattr(args, option) != getattr(type(args), option):
             raise ValueError(
-                f"feature_ema_decay={args.feature_ema_decay} does nothing with feature_network="
-                f"'{args.feature_network}': leave it unset, or set feature_network: ema."
+                f"{option}={getattr(args, option)} does nothing with feature_network='{args.feature_network}': leave "
+                f"it unset, or set feature_network: {network}."
             )
+    if args.feature_network == "learned" and args.feature_norm == "none":
+        raise ValueError(
+            "feature_norm='none' with feature_network='learned', whose classifier takes features of length 1: use "
+            "joint or per_layer."
+        )
+    if args.feature_network != "ema":
         return
     if args.feature_model_name_or_path is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Loading the frozen feature network: given, the policy's base, a copy, untrained, or of another vocabulary."""
+"""Loading the feature network: given, the policy's base, a copy, untrained, or of another vocabulary."""
 
 import copy
 import hashlib
@@ -12,6 +12,7 @@ from ._compat import revision_of
 from .families import reason_against
 from .features import FeatureNetwork, decoder_up_to, layer_indices
 from .forward import causal_lm
+from .learned_features import LearnedFeatures
 from .pretrained import attention_options, load_config, load_tokenizer, read_weights
 from .support import check_adapters_off_is_base, check_config, check_same_vocabulary, same_vocabulary
 from .text_features import DecoderReader, EncoderReader, TextFeatures, check_reads_text
@@ -63,7 +64,7 @@ def is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def load_feature_network(policy: nn.Module, args, source=None, processing_class=None) -> Any:
-    """The frozen feature network: a given one, the policy's base with adapters off, or a copy of the policy.
+    """The feature network: a given one, the policy's base with adapters off, or a copy; frozen, or learning on top.
 
     What is not shared with the policy is a copy that holds only the layers below the highest tap, in bfloat16 if the
     run uses it.
@@ -75,12 +76,19 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
         processing_class: The policy's tokenizer, compared with that of a network given by name.
 
     Returns:
-        A `FeatureNetwork`, or `TextFeatures` that stand in for one; None under `torch.device("meta")` for a sentence
-        encoder, of whose cost nothing is known.
+        A `FeatureNetwork`, or `TextFeatures` or `LearnedFeatures` that stand in for one; None under
+        `torch.device("meta")` for a sentence encoder, of whose cost nothing is known.
 
     Raises:
         ValueError: Another vocabulary, or adapters that change the base.
     """
+    network = _frozen_network(policy, args, source, processing_class)
+    if args.feature_network == "learned" and network is not None:
+        return LearnedFeatures(network, network.size(args.completion_length), args.seed)
+    return network
+
+
+def _frozen_network(policy: nn.Module, args, source, processing_class) -> Any:
     if isinstance(source, FeatureNetwork):
         return source
     options = {"pooling": args.pooling, "norm": args.feature_norm, "reduction": args.feature_reduction}
@@ -128,7 +136,7 @@ def _untrained(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return lm
 
 
-def describe_feature_network(network: FeatureNetwork) -> dict[str, Any]:
+def describe_feature_network(network: Any) -> dict[str, Any]:
     """What a run prints, stores, and compares on resume: the network, what is read off it, a hash of its weights."""
     config: Any = network.decoder.config
     return {
@@ -140,7 +148,7 @@ def describe_feature_network(network: FeatureNetwork) -> dict[str, Any]:
         "reduction": network.reduction,
         "dtype": str(next(network.decoder.parameters()).dtype).removeprefix("torch."),
         "sha256": weights_hash(network),
-    }
+    } | ({"learned": network.size(1)} if isinstance(network, LearnedFeatures) else {})
 
 
 def _to_bfloat16(model: nn.Module) -> nn.Module:

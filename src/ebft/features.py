@@ -93,13 +93,13 @@ class FeatureNetwork:
         generated = [h[:, layout.length :].unflatten(1, (K, N, G)) for h in taps]
         if lengths is not None:
             generated = _share_equal_completions(self._until_ends(generated, lengths.clamp(min=1)), tokens)
-            return _where_valid(generated, valid), reference
+            return where_valid(generated, valid), reference
         steps = self._pooled_steps(G)
         generated = self.token_features([h[:, :, :, steps] for h in generated])
         generated = self._pool(_share_equal_rollouts(generated, tokens, steps))
         if self.pooling == "token":
             generated = generated.transpose(2, 3)  # the group next to the features
-        return _where_valid(generated, valid), reference
+        return where_valid(generated, valid), reference
 
     @torch.no_grad()
     def references(self, input_ids: Tensor, layout: BlockLayout) -> Tensor:
@@ -136,7 +136,7 @@ class FeatureNetwork:
             features = self._pool(self.token_features(states))
         else:
             features = self._until_ends(states, lengths.to(device))
-        return _where_valid(features, valid), valid
+        return where_valid(features, valid), valid
 
     def _pooled_steps(self, completion_length: int) -> slice:
         """The tokens of a block that are pooled: only these are gathered."""
@@ -266,5 +266,6 @@ def _share_equal_completions(features: Tensor, tokens: Tensor) -> Tensor:
     return features.gather(2, agree.int().argmax(3)[..., None].expand_as(features))
 
 
-def _where_valid(features: Tensor, valid: Tensor) -> Tensor:
+def where_valid(features: Tensor, valid: Tensor) -> Tensor:
+    """Features [B, K, ...] of the valid blocks [B, K], and zeros for the others."""
     return features * valid[(..., *(None,) * (features.ndim - 2))]

@@ -26,6 +26,8 @@ MEANS = {
     "kl": "blocks",
     "completions/duplicate_rate": "blocks",
     **dict.fromkeys(COMPLETION_MEANS, "blocks"),
+    "feature_classifier/loss": "classified",
+    "feature_classifier/accuracy": "classified",
     "ce_loss": "ce_tokens",
     "ce_loss/all": "all_tokens",
     "ce_loss/answer": "answer_tokens",

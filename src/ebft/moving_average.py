@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 FILE = "feature_network.safetensors"
@@ -46,9 +46,18 @@ class MovingAverage(TrainerCallback):
         Raises:
             ValueError: It has none.
         """
-        path = Path(folder) / FILE
-        if not path.exists():
-            raise ValueError(f"resume_from_checkpoint='{folder}' has no {FILE}: it is not of a run with an average.")
-        state = load_file(path)
+        state = saved_network(folder)
         for name, (average, _) in self.pairs.items():
             average.copy_(state[name])
+
+
+def saved_network(folder: str | Path) -> dict[str, Tensor]:
+    """What a checkpoint has of a feature network that changes during training.
+
+    Raises:
+        ValueError: Nothing.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise ValueError(f"resume_from_checkpoint='{folder}' has no {FILE}: its run had another feature network.")
+    return load_file(path)

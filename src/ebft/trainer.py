@@ -150,8 +150,7 @@ class EBFTTrainer(RecordedTrainer):
         if network.model is not self.model:
             network.model.to(self.args.device)
         self.record_feature_network(feature_models.describe_feature_network(network))
-        if self.args.feature_network == "ema":
-            self.follow_policy()
+        self.update_feature_network()
 
     def _fix_kernel(self) -> None:
         dataset: Any = self.eval_dataset if self.train_dataset is None else self.train_dataset

@@ -45,4 +45,5 @@ def test_recipe_of_a_comparison(path, tasks, tmp_path, monkeypatch):
 
 def test_there_are_recipes():
     tasks = ("qa_coding", "stdlib_code", "translation")
-    assert {path.stem for path in POCKET} == {"ablations", *tasks, *(f"{task}_small" for task in tasks)}
+    one_factor = {"ablations", "kernels_and_networks"}
+    assert {path.stem for path in POCKET} == one_factor | {*tasks, *(f"{task}_small" for task in tasks)}

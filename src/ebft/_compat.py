@@ -78,6 +78,17 @@ def with_python_scores(chrf: Any) -> Any:
     return chrf
 
 
+def keep_4bit_weights_differentiable(model: Any) -> None:
+    """Leave 4-bit weights in the layout that gradients pass through.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights for good once it runs in evaluation mode, as
+    sampling does; from then on its products have no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def memory_events(run: Callable[[], Any]) -> list[int]:
     """Bytes that torch's CPU allocator handed out (positive) and took back (negative) during `run()`, in order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

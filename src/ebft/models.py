@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
+from ._compat import keep_4bit_weights_differentiable
 from .families import TESTED
 from .forward import causal_lm, install, packs
 from .pretrained import attention_options, end_ids, load_config, read_weights
@@ -31,6 +32,11 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         ValueError: The model, its attention, its dtype or the adapter is not supported; says what to do.
     """
     policy: Any = model
+    if quantization_config is not None and peft_config is None:
+        raise ValueError(
+            "load_in_4bit, load_in_8bit or quantization_config without an adapter: weights of few bits cannot be "
+            "trained; add use_peft: true (in Python peft_config)."
+        )
     if isinstance(model, str):
         dtype = torch.bfloat16 if peft_config is not None and args.bf16 else torch.float32
         policy = _from_pretrained(model, args, dtype, quantization_config)
@@ -55,6 +61,7 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
             f"packing=True: model type '{lm.config.model_type}' cannot keep the documents of a row apart; set "
             "packing: false (or document_masking: false, and they see each other)."
         )
+    keep_4bit_weights_differentiable(lm)
     install(lm)  # before accelerate wraps the forward: autocast has to be around ours
     if packs(lm) and lm.config.model_type not in TESTED and lm.device.type != "meta":
         verify_blocks(lm)

@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "measure models side by side on held-out documents and tasks",
     "compare": "train and measure methods side by side, over seeds",
     "report": "show runs in one HTML file: curves, tables and their rollouts",
+    "merge": "make one model of an adapter and its base",
     "plan": "say what a run would cost, without weights or a GPU",
     "env": "show versions, devices, memory and attention backends",
 }

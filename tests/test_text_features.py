@@ -189,6 +189,9 @@ def test_refused(tmp_path, decoder, encoder, monkeypatch):
         settings = dict(feature_model_name_or_path=path, pooling="token")
         with pytest.raises(ValueError, match="pooling='token': feature_model_name_or_path=.* reads text"):
             train(small_model(), rows, tmp_path, settings=settings)
+    settings = dict(feature_model_name_or_path=encoder, feature_network="random")
+    with pytest.raises(ValueError, match="is a sentence encoder, which feature_network='random' does not remake"):
+        train(small_model(), rows, tmp_path, settings=settings)
     monkeypatch.setattr("ebft.extras.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a sentence encoder, needs sentence_transformers, .* 'ebft\[encoder\]'"):
         train(small_model(), rows, tmp_path, settings=dict(feature_model_name_or_path=encoder))

@@ -38,7 +38,7 @@ SETTINGS = dict(
     report_to=[],
     disable_tqdm=True,
 )
-OF_BLOCKS = ("stride", "context_length", "completion_length")  # which do nothing, and are refused, for whole completions
+OF_BLOCKS = ("stride", "context_length", "completion_length")  # and refused for whole completions
 
 
 def config(folder, **settings) -> EBFTConfig:

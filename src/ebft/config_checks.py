@@ -65,8 +65,8 @@ def check_feature_network(args: Any) -> None:
             )
     if args.feature_network != "pretrained" and args.kernel == "ngram":
         raise ValueError(
-            f"feature_network='{args.feature_network}' does nothing with kernel='ngram', which needs no network: leave "
-            "it unset, or choose another kernel."
+            f"feature_network='{args.feature_network}' does nothing with kernel='ngram', which needs no network: "
+            "leave it unset, or choose another kernel."
         )
     if args.feature_network == "learned" and args.feature_norm == "none":
         raise ValueError(

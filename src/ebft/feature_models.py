@@ -98,7 +98,9 @@ def _frozen_network(policy: nn.Module, args, source, processing_class) -> Any:
         raise ValueError("feature_model with feature_network='ema', which is the policy's own average: keep one.")
     if isinstance(source, FeatureNetwork):
         if args.feature_network == "random":
-            raise ValueError("feature_model is a FeatureNetwork, which feature_network='random' would ignore: drop one.")
+            raise ValueError(
+                "feature_model is a FeatureNetwork, which feature_network='random' cannot remake: keep one."
+            )
         return source
     options = {"pooling": args.pooling, "norm": args.feature_norm, "reduction": args.feature_reduction}
     if hasattr(policy, "peft_config") and source is None and args.feature_network != "random":

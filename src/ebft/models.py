@@ -127,8 +127,8 @@ def complete_stop_token_ids(args, model: str | nn.Module, processing_class) -> N
         unknown = [i for i in args.stop_token_ids if processing_class.convert_ids_to_tokens(i) is None]
         if unknown:
             raise ValueError(
-                f"stop_token_ids={args.stop_token_ids}: the tokenizer has no {unknown[0]}: give the ids of tokens that "
-                "end a completion, or leave it unset for EOS."
+                f"stop_token_ids={args.stop_token_ids}: the tokenizer has no {unknown[0]}: give the ids of tokens "
+                "that end a completion, or leave it unset for EOS."
             )
         return
     config: Any = None

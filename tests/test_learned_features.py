@@ -229,3 +229,11 @@ def test_first_weights_are_a_function_of_the_seed(tmp_path):
 def test_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_features_are_not_rounded_by_autocast():
+    features = Classifier(6, 0, torch.float32)
+    phi = torch.nn.functional.normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = features.features(phi)
+    assert torch.equal(rounded, features.features(phi))

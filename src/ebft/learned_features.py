@@ -44,7 +44,8 @@ class Classifier(nn.Module):
 
     def features(self, phi: Tensor) -> Tensor:
         """Psi [..., H], of length 1 at most."""
-        return self.hidden(phi).tanh() / math.sqrt(SIZE)
+        with torch.autocast(phi.device.type, enabled=False):  # kernels would take bfloat16's rounding for features
+            return self.hidden(phi).tanh() / math.sqrt(SIZE)
 
     def forward(self, phi: Tensor) -> Tensor:
         """Logits [...]."""

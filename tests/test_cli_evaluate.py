@@ -82,6 +82,18 @@ CODE = ("--code_benchmark", "problems.jsonl")
 SHORT = ("--translation_direction", "de-en", "--max_new_tokens", "4")
 
 
+def test_any_causal_model(run, workplace, tmp_path):
+    """Also one that blocks refuse in training, and whose attention transformers has no fast form of."""
+    tokenizer = byte_bpe_tokenizer()
+    tiny_model("mamba", vocab_size=len(tokenizer)).save_pretrained(workplace / "state")
+    tokenizer.save_pretrained(workplace / "state")
+    words = ("--metrics", "cross_entropy", "feature_matching", "--plots", "false")
+    status, printed = run("--model_name_or_path", "state", *DOCUMENTS, *words)
+    assert status == 0, printed.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert {"cross_entropy/answer", "feature_matching_loss"} <= {row["measure"] for row in results}
+
+
 def test_documents_of_two_models(run, tmp_path, workplace):
     status, printed = run(*DOCUMENTS)
     assert status == 0, printed.err

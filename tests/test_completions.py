@@ -266,7 +266,12 @@ def test_lora_and_resume(tmp_path):
         (dict(random_anchor_offset=True), "random_anchor_offset=True is for rollout: blocks"),
         (dict(reuse_sampling_forward=True), "reuse_sampling_forward=True is for rollout: blocks"),
         (dict(max_completion_length=0), "max_completion_length=0 must be at least 1"),
-        (dict(stop_token_ids=[]), r"stop_token_ids=\[\]: give token ids"),
+        (dict(stop_token_ids=[]), r"stop_token_ids=\[\]: give a list of token ids"),
+        (dict(stop_token_ids=5), "stop_token_ids=5: give a list of token ids"),
+        (dict(stop_token_ids=["a"]), r"stop_token_ids=\['a'\]: give a list of token ids"),
+        (dict(completion_length=16), "completion_length=16 does nothing without rollout: blocks"),
+        (dict(stride=2), "stride=2 does nothing without rollout: blocks"),
+        (dict(context_length=1), "context_length=1 does nothing without rollout: blocks"),
         (dict(rollout="blockz"), "rollout='blockz' is unknown: use one of blocks, completion"),
     ],
 )
@@ -280,6 +285,8 @@ def test_data_refused(tmp_path):
         trainer(small_model(), documents([20, 30]), tmp_path, settings=SETTINGS)
     with pytest.raises(ValueError, match=r"none of the 6 documents .* ends in one of \['<\|endoftext\|>'\]"):
         trainer(small_model(), rows(ends=False), tmp_path, settings=SETTINGS | dict(stop_token_ids=[END_OF_TEXT]))
+    with pytest.raises(ValueError, match=r"stop_token_ids=\[1, 99999\]: the tokenizer has no 99999"):
+        trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(stop_token_ids=[1, 99999]))
 
 
 def test_models_refused(tmp_path):

@@ -364,6 +364,19 @@ ALTERNATE = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user firs
             {},
             r"row 0: `completion`\[0\] is an assistant turn that says nothing: fill in its `content`",
         ),
+        (
+            chats([{**message, "weight": 1} for message in _without(4, content="")]),
+            CHAT_TEMPLATE,
+            {},
+            r"row 0: `messages`\[4\] is an assistant turn that says nothing",
+        ),
+        ([{"messages": TALK, "tools": "[{"}], CHAT_TEMPLATE, {}, "row 0: `tools` is no JSON .*: make it a list"),
+        (
+            [{"messages": TALK, "chat_template_kwargs": "no"}],
+            CHAT_TEMPLATE,
+            {},
+            r"row 0: `chat_template_kwargs` is str \('no'\): make it an object",
+        ),
         (chats(_without(3, content=None)), CHAT_TEMPLATE, {}, r"row 0: `messages`\[3\] has no `content`"),
         (chats(TALK[1:], TALK), ALTERNATE, {}, r"row 1: the chat template cannot render these.*\(user first\).*roles"),
         (

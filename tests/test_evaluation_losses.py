@@ -139,6 +139,13 @@ def test_losses_equal_one_by_one(models, documents, temperature):
         torch.testing.assert_close(found.sums[i], expected, rtol=0, atol=2e-5)
 
 
+def test_losses_of_models_whose_rows_cannot_branch(documents):
+    """Each of their rollouts is a row of its own."""
+    models = [tiny_model("bamba", seed=seed, scale=1.5) for seed in (0, 1)]
+    test_losses_equal_one_by_one(models, documents, 1.0)
+    test_cross_entropy_of_each_document(models, documents, 1.0)
+
+
 def test_pooling_of_the_network_is_not_used_nor_changed(models, documents):
     model, phi = models
     network = FeatureNetwork(phi, pooling="mean_pooling")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import step_oracle
+from ebft import FeatureNetwork
 from ebft.feature_models import load_feature_network, weights_hash
 from ebft.models import load_policy
 from ebft.moving_average import FILE
@@ -87,6 +88,10 @@ def test_average_is_part_of_a_checkpoint(tmp_path):
     for name, content in files(tmp_path / "rest" / "rollouts", "*").items():
         assert (tmp_path / "whole" / "rollouts" / name).read_bytes() == content
 
+    for other in (dict(feature_network="pretrained"), dict(feature_network="ema", feature_ema_decay=0.9)):
+        model = small_model(dtype=torch.float64, scale=4.0)
+        with pytest.raises(ValueError, match="was trained with the feature network .*'ema': '0.7'"):
+            train(model, ROWS, tmp_path / "x", settings=SAVING | other, resume=str(checkpoint))
     (checkpoint / FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {FILE}"):
         run_with_averages(tmp_path / "other", settings=SAVING, resume=str(checkpoint))
@@ -126,6 +131,7 @@ def test_training_with_an_untrained_network(tmp_path):
         (dict(feature_network="ema", feature_ema_decay=1.0), r"feature_ema_decay=1.0 must be in \(0, 1\)"),
         (dict(feature_ema_decay=0.5), "feature_ema_decay=0.5 does nothing with feature_network='pretrained'"),
         (dict(feature_network="ema", feature_model_name_or_path="x"), "feature_model_name_or_path='x' with"),
+        (dict(feature_network="ema", kernel="ngram"), "feature_network='ema' does nothing with kernel='ngram'"),
     ],
 )
 def test_refused(tmp_path, settings, message):
@@ -136,3 +142,11 @@ def test_refused(tmp_path, settings, message):
 def test_average_of_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="feature_network='ema' averages trained weights, and an adapter's base"):
         train(small_model(), ROWS, tmp_path, settings=dict(feature_network="ema"), peft_config=LORA)
+
+
+@pytest.mark.parametrize("kind", ["ema", "random"])
+def test_a_given_network_is_not_ignored(tmp_path, kind):
+    """Nor is what is asked to be done with it."""
+    given = FeatureNetwork(small_model())
+    with pytest.raises(ValueError, match=f"feature_model .*feature_network='{kind}'"):
+        train(small_model(), ROWS, tmp_path, settings=dict(feature_network=kind), feature_model=given)

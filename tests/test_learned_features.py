@@ -181,6 +181,15 @@ def test_classifier_is_part_of_a_checkpoint(tmp_path):
         learning_run(tmp_path / "other", resume=str(checkpoint))
 
 
+def test_resume_before_there_was_a_group(tmp_path):
+    """The optimiser of a classifier that has learned nothing has no state."""
+    settings = SAVING | dict(per_device_train_batch_size=1, save_steps=1, max_steps=2)
+    rows = documents([5, 30])  # the first too short for a block
+    whole = learning_run(tmp_path / "whole", settings, rows)
+    rest = learning_run(tmp_path / "rest", settings, rows, resume=str(tmp_path / "whole" / "checkpoint-1"))
+    assert_equal_weights(rest.classifiers[-1], whole.classifiers[-1])
+
+
 @pytest.mark.parametrize(
     "settings", [dict(kernel="rbf"), dict(pooling="token"), dict(whitening="none", reuse_sampling_forward=True)]
 )
@@ -220,3 +229,11 @@ def test_first_weights_are_a_function_of_the_seed(tmp_path):
 def test_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+
+
+def test_features_are_not_rounded_by_autocast():
+    features = Classifier(6, 0, torch.float32)
+    phi = torch.nn.functional.normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = features.features(phi)
+    assert torch.equal(rounded, features.features(phi))

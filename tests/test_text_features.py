@@ -9,10 +9,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.nn.functional import normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ebft import BlockLayout
+from ebft import BlockLayout, FeatureNetwork
 from ebft.cli.train import run as run_train
 from ebft.feature_models import load_feature_network
-from ebft.text_features import TextFeatures
+from ebft.text_features import DecoderReader, Text, TextFeatures
 from test_completions import SETTINGS as COMPLETIONS
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
@@ -183,12 +183,27 @@ def test_command_line(tmp_path, encoder):
     assert read_metrics(tmp_path / "run")[0]["reward_std"] > 0
 
 
+@pytest.mark.parametrize("pooling", ["last_token", "mean_pooling"])
+def test_a_text_of_special_tokens_alone(decoder, pooling):
+    """Of which nothing is left for a network that reads text."""
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    network = FeatureNetwork(AutoModelForCausalLM.from_pretrained(decoder), pooling=pooling)
+    reader = DecoderReader(network, tokenizer, most=64)
+    empty, ended, other = reader.read([Text("", "", False), Text("", "", True), Text("ab", "c", False)])
+    assert torch.equal(empty, ended) and not torch.equal(empty, other)
+    tokenizer.eos_token = None
+    assert reader.read([Text("", "", False)]).isfinite().all()
+
+
 def test_refused(tmp_path, decoder, encoder, monkeypatch):
     rows = documents([20, 30])
     for path in (decoder, encoder):
         settings = dict(feature_model_name_or_path=path, pooling="token")
         with pytest.raises(ValueError, match="pooling='token': feature_model_name_or_path=.* reads text"):
             train(small_model(), rows, tmp_path, settings=settings)
+    settings = dict(feature_model_name_or_path=encoder, feature_network="random")
+    with pytest.raises(ValueError, match="is a sentence encoder, which feature_network='random' does not remake"):
+        train(small_model(), rows, tmp_path, settings=settings)
     monkeypatch.setattr("ebft.extras.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a sentence encoder, needs sentence_transformers, .* 'ebft\[encoder\]'"):
         train(small_model(), rows, tmp_path, settings=dict(feature_model_name_or_path=encoder))

@@ -51,7 +51,7 @@ def group_features(reward: FeatureMatchingReward, model, start: int) -> tuple[np
 # Features --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, "bloom", "bamba"])
 def test_features_are_those_of_a_run_alone(family):
     """Padding, batches and the cut above the highest tap change nothing; sliding windows are shorter than padding."""
     model, rows = tiny_model(family), rows_of([(9, 4), (2, 1), (12, 7), (1, 3), (3, 11)])

@@ -105,6 +105,13 @@ def test_refused(tmp_path, monkeypatch):
         config(tmp_path, use_vllm=True)
     with pytest.raises(ValueError, match=r"vllm_gpu_memory_utilization=1.5 must be in \(0, 1\)"):
         config(tmp_path, **SETTINGS, use_vllm=True, vllm_gpu_memory_utilization=1.5)
+    for settings in (
+        dict(vllm_server_base_url="http://here:8000"),
+        dict(vllm_mode="server", vllm_gpu_memory_utilization=0.5),
+        dict(vllm_mode="server", vllm_enable_sleep_mode=True),
+    ):
+        with pytest.raises(ValueError, match=rf"{list(settings)[-1]}=.* does nothing without vllm_mode: "):
+            config(tmp_path, **SETTINGS, use_vllm=True, **settings)
     with pytest.raises(ValueError, match="vllm_mode='server' does nothing without use_vllm: true"):
         config(tmp_path, **SETTINGS, vllm_mode="server")
     with pytest.raises(ValueError, match=r"stop_token_ids=\[3\] does nothing without rollout: completion"):

@@ -38,10 +38,15 @@ SETTINGS = dict(
     report_to=[],
     disable_tqdm=True,
 )
+OF_BLOCKS = ("stride", "context_length", "completion_length")  # and refused for whole completions
 
 
 def config(folder, **settings) -> EBFTConfig:
-    return EBFTConfig(output_dir=str(folder), **(SETTINGS | settings))
+    ours = dict(SETTINGS)
+    if settings.get("rollout") == "completion":
+        for name in OF_BLOCKS:
+            del ours[name]
+    return EBFTConfig(output_dir=str(folder), **(ours | settings))
 
 
 def small_model(family="qwen2", **options):

@@ -76,6 +76,8 @@ class RecordedTrainer(Trainer):
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
+        if self.args.feature_network == "ema":  # begins as the very network that a run without it keeps
+            record = record | {"ema": self.args.feature_ema_decay}
         self.feature_network_record = record
         self.add_callback(FeatureNetworkRecord(record))
         if self.is_world_process_zero():

@@ -35,8 +35,11 @@ def check_completions(args: Any) -> None:
             "anchors='all' with rollout='completion': a whole completion starts behind a prompt; leave anchors "
             "unset, or use rollout: blocks for text without prompts."
         )
-    if args.stop_token_ids is not None and (not args.stop_token_ids or min(args.stop_token_ids) < 0):
-        raise ValueError(f"stop_token_ids={args.stop_token_ids}: give token ids, or leave it unset for EOS.")
+    stops = args.stop_token_ids
+    listed = isinstance(stops, (list, tuple)) and len(stops) > 0 and all(type(x) is int and x >= 0 for x in stops)
+    if stops is not None and not listed:
+        raise ValueError(f"stop_token_ids={stops!r}: give a list of token ids, or leave it unset for EOS.")
+    _refuse_without(args, "rollout: blocks", "stride", "context_length", "completion_length")
     for name in ("random_anchor_offset", "reuse_sampling_forward"):
         if getattr(args, name):
             raise ValueError(f"{name}={getattr(args, name)} is for rollout: blocks: leave it unset.")
@@ -60,6 +63,11 @@ def check_feature_network(args: Any) -> None:
                 f"{option}={getattr(args, option)} does nothing with feature_network='{args.feature_network}': leave "
                 f"it unset, or set feature_network: {network}."
             )
+    if args.feature_network != "pretrained" and args.kernel == "ngram":
+        raise ValueError(
+            f"feature_network='{args.feature_network}' does nothing with kernel='ngram', which needs no network: "
+            "leave it unset, or choose another kernel."
+        )
     if args.feature_network == "learned" and args.feature_norm == "none":
         raise ValueError(
             "feature_norm='none' with feature_network='learned', whose classifier takes features of length 1: use "
@@ -88,6 +96,10 @@ def check_vllm(args: Any) -> None:
     if not args.use_vllm:
         _refuse_without(args, "use_vllm: true", *(name for name in vars(args) if name.startswith("vllm_")))
         return
+    if args.vllm_mode == "colocate":
+        _refuse_without(args, "vllm_mode: server", "vllm_server_base_url")
+    else:
+        _refuse_without(args, "vllm_mode: colocate", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
     if args.rollout != "completion":
         raise ValueError("use_vllm=True: vLLM cannot sample blocks: set rollout: completion, or leave it off.")
     if not 0 < args.vllm_gpu_memory_utilization < 1:

@@ -35,6 +35,11 @@ def check_named_feature_model(name: str, args, policy: PreTrainedConfig, process
     field = "feature_model_name_or_path"
     config = load_config(name, field, revision=args.feature_model_revision)
     encoder = is_encoder(config)
+    if encoder and args.feature_network == "random":
+        raise ValueError(
+            f"{field}='{name}' is a sentence encoder, which feature_network='random' does not remake: name a decoder, "
+            "or use pretrained or learned."
+        )
     try:
         if encoder or not same_vocabulary(config, name, policy, processing_class):
             if not (encoder or _has_tokenizer(name, args.feature_model_revision)):
@@ -89,7 +94,13 @@ def load_feature_network(policy: nn.Module, args, source=None, processing_class=
 
 
 def _frozen_network(policy: nn.Module, args, source, processing_class) -> Any:
+    if source is not None and args.feature_network == "ema":
+        raise ValueError("feature_model with feature_network='ema', which is the policy's own average: keep one.")
     if isinstance(source, FeatureNetwork):
+        if args.feature_network == "random":
+            raise ValueError(
+                "feature_model is a FeatureNetwork, which feature_network='random' cannot remake: keep one."
+            )
         return source
     options = {"pooling": args.pooling, "norm": args.feature_norm, "reduction": args.feature_reduction}
     if hasattr(policy, "peft_config") and source is None and args.feature_network != "random":

@@ -44,7 +44,8 @@ class Classifier(nn.Module):
 
     def features(self, phi: Tensor) -> Tensor:
         """Psi [..., H], of length 1 at most."""
-        return self.hidden(phi).tanh() / math.sqrt(SIZE)
+        with torch.autocast(phi.device.type, enabled=False):  # kernels would take bfloat16's rounding for features
+            return self.hidden(phi).tanh() / math.sqrt(SIZE)
 
     def forward(self, phi: Tensor) -> Tensor:
         """Logits [...]."""
@@ -174,5 +175,7 @@ class ClassifierSteps(TrainerCallback):
         state = saved_network(folder)
         self.classifier.load_state_dict({name: state[name] for name in self.classifier.state_dict()})
         for name, parameter in self.classifier.named_parameters():
+            if f"{name}.step" not in state:
+                continue  # there was no group to learn from yet
             moments = {key: state[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = moments | {"step": state[f"{name}.step"]}  # which Adam keeps on the CPU

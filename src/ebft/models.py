@@ -123,8 +123,20 @@ def _from_pretrained(name: str, args, dtype: torch.dtype, quantization_config=No
 
 
 def complete_stop_token_ids(args, model: str | nn.Module, processing_class) -> None:
-    """Set `args.stop_token_ids`, if left open, to the EOS of the model (its generation config) and its tokenizer."""
-    if args.rollout == "blocks" or args.stop_token_ids is not None:
+    """Set `args.stop_token_ids`, if left open, to the EOS of the model (its generation config) and its tokenizer.
+
+    Raises:
+        ValueError: One of those given is no token.
+    """
+    if args.rollout == "blocks":
+        return
+    if args.stop_token_ids is not None:
+        unknown = [i for i in args.stop_token_ids if processing_class.convert_ids_to_tokens(i) is None]
+        if unknown:
+            raise ValueError(
+                f"stop_token_ids={args.stop_token_ids}: the tokenizer has no {unknown[0]}: give the ids of tokens "
+                "that end a completion, or leave it unset for EOS."
+            )
         return
     config: Any = None
     if not isinstance(model, str):

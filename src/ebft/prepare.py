@@ -42,7 +42,7 @@ def prepare_datasets(
     if args.rollout == "completion" and anchors == "all":
         raise ValueError(
             "rollout='completion' needs prompts, and the data are text without any: give `prompt` and `completion`, "
-            "`messages` with assistant_only_loss: true, or use rollout: blocks."
+            "`messages`, or use rollout: blocks."
         )
 
     def prepare(dataset, label: str):

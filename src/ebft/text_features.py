@@ -142,8 +142,11 @@ class DecoderReader:
         encoded = self.tokenizer(text.prefix + text.rest, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
         start = next((i for i, (_, end) in enumerate(offsets) if end > len(text.prefix)), len(ids))
-        if text.ended and isinstance(self.tokenizer.eos_token_id, int):
-            ids.append(self.tokenizer.eos_token_id)
+        end = self.tokenizer.eos_token_id
+        if text.ended and isinstance(end, int):
+            ids.append(end)
+        if not ids:  # of the policy's special tokens alone, no text is left
+            ids.append(end if isinstance(end, int) else 0)
         start = min(start, len(ids) - 1)  # a rollout that adds no text: the last token before it
         cut = max(0, len(ids) - self.most)
         return Completion(tuple(ids[cut : max(start, cut)]), tuple(ids[max(start, cut) :]))

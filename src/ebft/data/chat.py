@@ -3,6 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
+from ebft.data.encoded import describe
 from ebft.data.formats import as_chatml
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class Chat:
         first: How many messages are a given prompt.
 
     Raises:
-        ValueError: A message has no content; names row and message.
+        ValueError: A message has no content, or the row's options are none; names row and message.
     """
 
     def __init__(
@@ -31,9 +32,7 @@ class Chat:
         place: str,
         first: int,
     ):
-        tools = row.get("tools")
-        self.options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-        self.options |= row.get("chat_template_kwargs") or {}
+        self.options = {"tools": _tools(row, place), **_template_options(row, place)}
         self.tokenizer, self.messages, self.place, self.first = tokenizer, as_chatml(messages), place, first
         for i, message in enumerate(self.messages):
             if message.get("content") is None and not message.get("tool_calls"):
@@ -62,7 +61,7 @@ class Chat:
                 f"(roles: {roles}): name the model's turns so, or remove the row"
             )
         for i in turns:
-            said = (value for key, value in self.messages[i].items() if key not in ("role", "name"))
+            said = (value for key, value in self.messages[i].items() if key not in ("role", "name", "weight"))
             if not any(value.strip() if isinstance(value, str) else value for value in said):
                 raise ValueError(
                     f"{self.place}: {self.name(i)} is an assistant turn that says nothing: fill in its `content`, or "
@@ -95,3 +94,18 @@ class Chat:
                 f"{self.place}: the chat template cannot render these messages{part} ({error}): make each `content` a "
                 "string and the roles those that the template knows, in its order, or remove the row"
             ) from error
+
+
+def _tools(row: dict[str, Any], place: str) -> Any:
+    tools = row.get("tools")
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: `tools` is no JSON ({error}): make it a list of tools, or remove it") from error
+
+
+def _template_options(row: dict[str, Any], place: str) -> dict[str, Any]:
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{place}: `chat_template_kwargs` is {describe(options)}: make it an object, or remove it")
+    return options

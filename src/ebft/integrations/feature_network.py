@@ -55,7 +55,7 @@ def load_network(
         raise ValueError("feature_model has adapters: give its base model, by name or as it was before them.")
     name = model if isinstance(model, str) else None
     config = causal_lm(model).config if name is None else load_config(name, "feature_model", revision=revision)
-    check_config(config)
+    check_config(config, completions=0)  # each is a row of its own
     top = max(layer_indices(layers, config.get_text_config().num_hidden_layers))
     _check_vocabulary(config, name, revision, tokenizer)
     if name is None:

@@ -65,7 +65,8 @@ class Session:
         Raises:
             ValueError: A weight is not finite: rollouts of such a model would have numbers like any other's.
         """
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
+        options = pretrained.attention_options(pretrained.load_config(path))
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, **options)
         model = model.to(self.device).eval()
         for name, weight in model.named_parameters():
             if weight.dtype == self.dtype and not torch.stack(weight.aminmax()).isfinite().all():

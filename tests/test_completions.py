@@ -285,6 +285,11 @@ def test_data_refused(tmp_path):
         trainer(small_model(), documents([20, 30]), tmp_path, settings=SETTINGS)
     with pytest.raises(ValueError, match=r"none of the 6 documents .* ends in one of \['<\|endoftext\|>'\]"):
         trainer(small_model(), rows(ends=False), tmp_path, settings=SETTINGS | dict(stop_token_ids=[END_OF_TEXT]))
+    with pytest.raises(ValueError, match=r"to what ends the completions \(most often '<\|endoftext\|>', 1\)"):
+        trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(stop_token_ids=[50]))
+    half = [row | {"input_ids": [*row["input_ids"][:-1], 9]} for row in rows()[:3]] + rows()[3:]
+    with pytest.warns(UserWarning, match=r"train_dataset: 3 of 6 of the first completions do not end in a stop token"):
+        trainer(small_model(), half, tmp_path, settings=SETTINGS)
     with pytest.raises(ValueError, match=r"stop_token_ids=\[1, 99999\]: the tokenizer has no 99999"):
         trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(stop_token_ids=[1, 99999]))
 

@@ -44,6 +44,10 @@ CHATS = [
 ]
 CHAT_PAIRS = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in CHATS]
 SHAREGPT = [{"conversations": [{"from": m["role"], "value": m["content"]} for m in row["messages"]]} for row in CHATS]
+ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
+OLD_SHAREGPT = [
+    {"conversations": [{"from": ROLES[m["role"]], "value": m["content"]} for m in row["messages"]]} for row in CHATS
+]
 TOKENS = [{"input_ids": [5, 6, 7, 8, 9]}, {"input_ids": [10, 11, 1]}]
 MASKED = [{**row, "completion_mask": [0, 0, *[1] * (len(row["input_ids"]) - 2)]} for row in TOKENS]
 LABELLED = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in TOKENS]
@@ -114,6 +118,14 @@ def test_batches_equal_trl(rows, options, tmp_path):
     assert torch.equal(ours["labels"][:, 1:], theirs["labels"][:, 1:])
     assert (ours["labels"][:, 0] == -100).all()
     assert (ours["labels"] != -100).any(1).all()
+
+
+def test_sharegpts_own_roles():
+    """`human` and `gpt`, which TRL leaves to the user."""
+    tokenizer = byte_bpe_tokenizer(chat_template=True)
+    options = {"tokenizer": tokenizer, "assistant_only_loss": True}
+    documents = list(tokenize(OLD_SHAREGPT, **options))
+    assert documents == list(tokenize(SHAREGPT, **options)) and sum(documents[0]["loss_mask"]) > 0
 
 
 def documents_in(ids, labels, doc_ids):

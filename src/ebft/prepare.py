@@ -1,12 +1,16 @@
 """From the datasets a user gives to the documents a run trains on: tokenised, packed, checked for blocks."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from .config import EBFTConfig
 from .data import BlockCollator, has_prompt, pack_documents, padding_id, tokenize_documents
-from .layouts import batch_layout
+from .layouts import batch_layout, completion_borders
+
+DOCUMENTS_LOOKED_AT = 1024  # for completions without an end
 
 
 def prepare_datasets(
@@ -67,6 +71,8 @@ def prepare_datasets(
         if args.rl_coef and hasattr(documents, "__len__"):
             one_document_per_row = args.packing and not args.document_masking
             check_some_blocks(rows if one_document_per_row else documents, args, anchors, label, processing_class)
+            if args.rollout == "completion":
+                warn_of_open_completions(documents, args, label, processing_class)
         if anchors == "all" and args.anchors is None and dataset is not first and prompts_of(dataset):
             warnings.warn(
                 f"{label} has prompts and the training data has none: blocks go over prompts too.", stacklevel=2
@@ -84,6 +90,31 @@ def prepare_datasets(
     return train, None if eval_dataset is None else prepare(eval_dataset, "eval_dataset"), anchors
 
 
+def warn_of_open_completions(documents: Any, args: EBFTConfig, label: str, tokenizer) -> None:
+    """Say, from the first documents, which share of completions has no end and so no rollouts."""
+    open_ends, usual = _usual_end(documents, args, tokenizer)
+    if open_ends:
+        warnings.warn(
+            f"{label}: {open_ends} of the first completions do not end in a stop token within max_length, and are not "
+            f"compared with rollouts: set stop_token_ids to what ends them{usual}, or raise max_length.",
+            stacklevel=3,
+        )
+
+
+def _usual_end(documents: Any, args: EBFTConfig, tokenizer) -> tuple[str, str]:
+    """`3 of 8` where completions of the first documents have no end, else nothing; and the token that most end in."""
+    collate, count, ends = BlockCollator(padding_id(tokenizer), args.document_masking), 0, Counter()
+    for row in islice(documents, DOCUMENTS_LOOKED_AT):
+        batch = collate([row])
+        last = completion_borders(batch["completion_mask"], batch["doc_ids"])[1]
+        ends.update(batch["input_ids"][last].tolist())
+        count += int(batch_layout(batch, args, "completion", step=None).valid.sum())
+    total = ends.total()
+    token = ends.most_common(1)[0][0] if ends else None
+    usual = "" if token is None else f" (most often {tokenizer.convert_ids_to_tokens(token)!r}, {token})"
+    return f"{total - count} of {total}" if count < total else "", usual
+
+
 def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str, tokenizer) -> None:
     """Raise a ValueError unless at least one document has a block; stops at the first that does."""
     collate = BlockCollator(padding_id(tokenizer), args.document_masking)
@@ -97,7 +128,8 @@ def check_some_blocks(documents: Any, args: EBFTConfig, anchors: str, label: str
         raise ValueError(
             f"{label}: none of the {count} documents has a prompt and a completion that ends in one of {names} within "
             f"max_length={args.max_length} tokens, which rollout='completion' compares with: raise max_length, set "
-            "stop_token_ids to what ends the completions, or use rollout: blocks."
+            f"stop_token_ids to what ends the completions{_usual_end(documents, args, tokenizer)[1]}, or use rollout: "
+            "blocks."
         )
     prefix = "prompt" if anchors == "completion" else "prefix"
     raise ValueError(

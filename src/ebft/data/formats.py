@@ -95,6 +95,9 @@ def are_messages(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def as_chatml(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with `role` and `content`, also where they come with `from` and `value`."""
-    names = {"from": "role", "value": "content"}
-    return [{names.get(key, key): value for key, value in message.items()} for message in messages]
+    """Messages with `role` and `content`, also where they come with `from` and `value`, as ShareGPT's do."""
+    names, roles = {"from": "role", "value": "content"}, {"human": "user", "gpt": "assistant"}
+    return [
+        {names.get(key, key): roles.get(value, value) if key == "from" else value for key, value in message.items()}
+        for message in messages
+    ]

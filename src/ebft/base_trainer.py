@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from . import pickles
 from .artifacts import (
     RunFolder,
     check_output_dir,
@@ -130,7 +131,7 @@ class RecordedTrainer(Trainer):
             if self.average is not None:
                 self.average.load(resume_from_checkpoint)
         self.memory.check_dataset(self.train_dataset, self.anchors)
-        with self.memory.explained():
+        with self.memory.explained(), pickles.resuming(resume_from_checkpoint or None):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.should_save:
             self.create_model_card()

@@ -94,7 +94,7 @@ class EBFTTrainer(RecordedTrainer):
         config = models.check_named_policy(model, args) if isinstance(model, str) else causal_lm(model).config
         base_name = config.name_or_path
         if processing_class is None:
-            processing_class = pretrained.load_tokenizer(str(base_name))
+            processing_class = pretrained.load_policy_tokenizer(str(base_name), args)
         check_tokenizer(processing_class, config)
         feature_model = feature_model or args.feature_model_name_or_path
         if isinstance(feature_model, str):

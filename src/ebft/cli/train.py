@@ -66,6 +66,7 @@ def run(argv: list[str]) -> None:
         ValueError: An option, the data or the model cannot be used; the message says which, and what to do.
         OSError: A file or a model cannot be read.
     """
+    from ebft import pickles
     from ebft._compat import close_progress_bars
     from ebft.cli.arguments import argument_parser, parse
 
@@ -80,7 +81,8 @@ def run(argv: list[str]) -> None:
         _launch(arguments, argv, environment)
     try:
         trainer = build_trainer(arguments)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with pickles.resuming(checkpoint):  # TRL's trainers do not see to it by themselves
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if trainer.is_world_process_zero():
             print(f"Model, metrics and rollouts are in {arguments.training.output_dir}")
@@ -253,7 +255,8 @@ def _check_inputs(arguments: Arguments) -> None:
     from transformers import AutoConfig
 
     data, training, model = arguments[:3]
-    AutoConfig.from_pretrained(str(model.model_name_or_path), **from_pretrained_options(arguments))
+    options = {"trust_remote_code": False} | from_pretrained_options(arguments)
+    AutoConfig.from_pretrained(str(model.model_name_or_path), **options)
     load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
 
 

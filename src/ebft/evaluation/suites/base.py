@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM
 
 from ... import pretrained
 from ..._compat import revision_of
@@ -65,7 +64,8 @@ class Session:
         Raises:
             ValueError: A weight is not finite: rollouts of such a model would have numbers like any other's.
         """
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation="sdpa")
+        options = {"attn_implementation": "sdpa"}
+        model: Any = pretrained.read_weights(path, pretrained.load_config(path), self.dtype, options)
         model = model.to(self.device).eval()
         for name, weight in model.named_parameters():
             if weight.dtype == self.dtype and not torch.stack(weight.aminmax()).isfinite().all():

@@ -1,7 +1,9 @@
 """Checks of `EBFTConfig`, each of one part of a run: completions, feature network, vLLM, Liger, what is refused."""
 
+import os
 from typing import Any
 
+from .credentials import check_no_credentials
 from .extras import require
 from .features import POOLINGS_OF_COMPLETIONS
 from .liger import LOSSES as LIGER_LOSSES
@@ -9,14 +11,22 @@ from .liger import WITHOUT_LOSSES
 
 
 def check_parts(args: Any) -> None:
-    """Check how rollouts are made and what judges them.
+    """Check that nothing is secret, how rollouts are made, and what judges them.
 
     Raises:
         ValueError: Names the setting and the remedy.
     """
+    _keep_token_apart(args)
+    check_no_credentials(vars(args))
     check_completions(args) if args.rollout == "completion" else check_blocks(args)
     check_vllm(args)
     check_feature_network(args)
+
+
+def _keep_token_apart(args: Any) -> None:
+    """Move `hub_token` into the environment: every checkpoint and every push holds a pickle of the settings."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def check_completions(args: Any) -> None:

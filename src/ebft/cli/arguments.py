@@ -9,6 +9,7 @@ from trl import ModelConfig
 from ebft.cli.parser import ArgumentParser, read_flags
 from ebft.compare.config import METHODS
 from ebft.config import EBFTConfig
+from ebft.credentials import check_no_credentials
 
 
 @dataclass
@@ -174,6 +175,8 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
         parser.set_defaults(output_dir=default_output_dir(namespace.model_name_or_path, namespace.dataset_name))
     *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments = Arguments(*groups)
+    for group in (arguments.data, arguments.model, arguments.method):
+        check_no_credentials(vars(group))
     _check_completion_length(arguments)
     if not arguments.model.use_peft:
         _refuse_lora_options(arguments.model)

@@ -161,7 +161,7 @@ def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
     """TRL's model options that are arguments of from_pretrained; model_init_kwargs has the last word."""
     extra, model = arguments.training.model_init_kwargs or {}, arguments.model
     if isinstance(extra, str):
-        raise ValueError(f"model_init_kwargs: got {extra!r}; write `{{name: value}}`")
+        raise ValueError("model_init_kwargs: no mapping; write `{name: value}`")
     options = {
         "revision": model.model_revision,
         "dtype": model.dtype,

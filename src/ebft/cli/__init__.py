@@ -29,6 +29,7 @@ EXTRAS = {
     "plotly": "report",
     "sacrebleu": "translation",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "wandb": "wandb",
 }
 

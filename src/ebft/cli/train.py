@@ -51,6 +51,8 @@ often used, with their defaults:
   --method ebft                      sft and rlvr are what EBFT is compared with, on the same documents, by TRL's
                                      trainers; rlvr needs --reward unit_tests, bleu, or MODULE.FUNCTION
   --max_train_seconds S              end the training after S seconds of updates
+  --early_stopping_patience N        end it after N evaluations without a better --metric_for_best_model (eval_loss);
+                                     --load_best_model_at_end saves the best weights at the end
 
   ebft train --help-all              every option
 """
@@ -117,7 +119,7 @@ def build_trainer(arguments: Arguments) -> Trainer:
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ebft.callbacks import TrainingClock
+    from ebft.callbacks import EarlyStopping, TrainingClock
 
     training, model, method = arguments.training, arguments.model, arguments.method
     # resolved_config.yaml repeats the options as they were given, so that a flag can still override each of them.
@@ -130,6 +132,8 @@ def build_trainer(arguments: Arguments) -> Trainer:
     trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
     if method.max_train_seconds is not None or method.save_seconds is not None:
         trainer.add_callback(TrainingClock(method.max_train_seconds, method.save_seconds))
+    if method.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(method.early_stopping_patience, method.early_stopping_threshold))
     return trainer
 
 

@@ -18,6 +18,7 @@ VERBS = {
     "compare": "train and measure methods side by side, over seeds",
     "report": "show runs in one HTML file: curves, tables and their rollouts",
     "plan": "say what a run would cost, without weights or a GPU",
+    "convert": "turn settings of the authors' release or of Axolotl into ours",
     "env": "show versions, devices, memory and attention backends",
 }
 

@@ -9,7 +9,9 @@ from transformers import TrainerCallback
 
 from ebft import EBFTConfig, best_model
 from ebft.callbacks import EarlyStopping, TrainingClock
+from ebft.cli import main
 from ebft.cli.arguments import parse
+from tiny import byte_bpe_tokenizer
 from training import config, documents, read_metrics, small_model, train, trainer
 
 REQUIRED = ["--model_name_or_path", "some/model", "--dataset_name", "some/data"]
@@ -135,6 +137,23 @@ def test_early_stopping_on_the_command_line():
     assert arguments.training.metric_for_best_model == "loss" and arguments.training.greater_is_better is False
     given = parse([*words, "--eval_split_size", "0.1", "--metric_for_best_model", "eval_reward"])
     assert given.training.metric_for_best_model == "eval_reward" and given.training.greater_is_better is True
+
+
+@pytest.mark.parametrize("method", [["ebft"], ["sft"], ["rlvr", "--reward", "bleu", "--max_completion_length", "4"]])
+def test_every_method_stops_early(tmp_path, method, capsys):
+    """Where nothing counts as better any more, after the second evaluation."""
+    small_model().save_pretrained(tmp_path / "model")
+    byte_bpe_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"count {i} and then", "completion": f" {i + 1} or {i + 2}"} for i in range(8)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "my.jsonl")]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--use_cpu", "--max_length", "64"]
+    words += ["--eval_split_size", "4", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    words += ["--gradient_accumulation_steps", "1", "--per_device_eval_batch_size", "4", "--load_best_model_at_end"]
+    stopping = ["--early_stopping_patience", "1", "--early_stopping_threshold", "1e6"]
+    assert main(["train", *words, *stopping, "--method", *method]) == 0, capsys.readouterr().err
+    steps = {record["step"] for record in read_metrics(tmp_path / "run")}
+    assert max(steps) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 # The house's chores. `make` alone lists them; every target sets up .venv first if it is missing or out of date.
 PYTHON ?= python3
+# The versions to set up: constraints-lowest.txt for the lowest allowed, /dev/null for the newest.
+CONSTRAINTS ?= constraints.txt
+# Of `make wheel`: what the wheel's version must be, if given.
+VERSION ?=
 # Passed to pip at set-up, for instance to choose a CPU build of torch (README, "Set-up").
 PIP_ARGS ?=
 # Two test processes with one thread each: tiny models gain nothing from more threads.
@@ -14,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check format quickstart bench clean
+.PHONY: help venv test check format wheel quickstart bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +28,7 @@ venv: $(READY)  ## set up .venv with the tested versions of constraints.txt
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ebft needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 test: $(READY)  ## run the tests (CPU, offline)
@@ -38,6 +42,11 @@ check: $(READY)  ## lint, formatting, types
 format: $(READY)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheel: $(READY)  ## build the wheel into dist/, and use it in a fresh environment outside of the clone
+	rm -rf dist
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	EBFT_WHEEL=dist EBFT_VERSION="$(VERSION)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py
 
 quickstart: $(READY)  ## base model, SFT and EBFT side by side on Python's own source code
 	$(BIN)/python -m ebft.quickstart $(QUICKSTART_ARGS)

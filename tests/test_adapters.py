@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def test_reload_and_merge(tmp_path, adapter, capsys):
         (["{adapter}"], "required: --output_dir"),
         (["{adapter}", "--output_dir", "{out}", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["{adapter}", "--output_dir", "{out}"], "cannot be merged"),
+        (["{pickle}", "--output_dir", "{out}"], "no adapter_model.safetensors"),
     ],
 )
 def test_merge_refuses(tmp_path, capsys, words, message):
@@ -140,7 +142,9 @@ def test_merge_refuses(tmp_path, capsys, words, message):
     unmergeable.save_pretrained(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(weights).items()}, weights)
-    names = {name: str(tmp_path / name) for name in ("base", "adapter", "out")}
+    shutil.copytree(tmp_path / "adapter", tmp_path / "pickle")
+    (tmp_path / "pickle" / weights.name).rename(tmp_path / "pickle" / "adapter_model.bin")
+    names = {name: str(tmp_path / name) for name in ("base", "adapter", "pickle", "out")}
     assert main(["merge", *(word.format(**names) for word in words)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -161,8 +161,8 @@ def test_yaml_means_what_the_same_flag_means(write_yaml, monkeypatch):
         ("stride: 4\nstride: 5\n", r"recipe.yaml:2: stride is already set in line 1"),
         ("- stride\n", r"recipe.yaml: expected lines of the form `name: value`"),
         ("", r"recipe.yaml: expected lines"),
-        ("stride: [\n", r"recipe.yaml: not valid YAML"),
-        ("env: PATH\n", r"recipe.yaml:1: env: got 'PATH'"),
+        ("stride: [\n", r"recipe.yaml:2: not valid YAML: "),
+        ("env: PATH\n", r"recipe.yaml:1: env: write lines"),
     ],
 )
 def test_wrong_yaml_names_file_line_and_remedy(write_yaml, recipe, message):

@@ -21,6 +21,7 @@ from ebft.compare.selection import choose
 from ebft.compare.workers import last_line
 from ebft.evaluation.intervals import DocumentMean
 from ebft.evaluation.report import locked
+from planted import files_with_secret, plant
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
@@ -87,6 +88,7 @@ def compared(workplace, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
         patch.setenv("PYTHONPATH", str(workplace))
+        plant(patch)
         first = main(["compare", "--config", "c.yaml"])
         states = {path.parent.name: json.loads(path.read_text()) for path in Path("out/cells").glob("*/cell.json")}
         summary = pq.read_table("out/summary.parquet").to_pylist()
@@ -114,6 +116,10 @@ def test_the_same_command_tries_failed_runs_again_and_no_others(compared, workpl
     assert compared["second"] == 0 and compared["untouched"]
     rows = pq.read_table(workplace / "out" / "summary.parquet").to_pylist()
     assert {row["model"] for row in rows} == {"base", "sft", "rlvr", "ebft"}
+
+
+def test_files_hold_no_secret_of_the_environment(compared, workplace):
+    assert files_with_secret(workplace / "out") == []
 
 
 def test_numbers_are_those_of_the_runs(compared, workplace):

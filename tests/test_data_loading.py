@@ -209,3 +209,39 @@ def test_missing_paths_never_reach_the_hub(name):
 def test_missing_hub_datasets(name):
     with pytest.raises(ValueError, match=f"dataset_name='{name}' is no local file or folder, and the Hub"):
         load_documents(name)
+
+
+@pytest.mark.parametrize("target", ["../secret.jsonl", "../*.jsonl", "{absolute}"])
+def test_readme_of_a_folder_cannot_name_files_elsewhere(tmp_path, target):
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "fine"}\n')
+    target = target.format(absolute=tmp_path / "secret.jsonl")
+    readme = folder / "README.md"
+    readme.write_text(f"---\nconfigs:\n- config_name: default\n  data_files: '{target}'\n---\n")
+    with pytest.raises(ValueError, match="dataset_name=.*not in that folder"):
+        load_documents(str(folder))
+    readme.write_text("---\nconfigs:\n- config_name: default\n  data_files: 'a.jsonl'\n---\n")
+    assert load_documents(str(folder))["text"][:] == ["fine"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_links_of_a_folder_cannot_leave_it(tmp_path, suffix):
+    secret = tmp_path / f"secret.{suffix}"
+    secret.write_text('{"text": "secret"}\n')
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / f"b.{suffix}").symlink_to(secret)
+    with pytest.raises(ValueError, match=rf"names .*b\.{suffix}, which is not in that folder"):
+        load_documents(str(folder))
+    assert len(load_documents(str(folder / f"b.{suffix}"))) == 1  # asked for by name
+
+
+def test_folder_of_the_hubs_cache_may_link_to_its_blobs(tmp_path):
+    blob, snapshot = tmp_path / "blobs" / "0a", tmp_path / "snapshots" / "1f"
+    blob.parent.mkdir()
+    snapshot.mkdir(parents=True)
+    blob.write_text('{"text": "fine"}\n')
+    (snapshot / "a.jsonl").symlink_to(blob)
+    assert load_documents(str(snapshot))["text"][:] == ["fine"]

@@ -357,5 +357,5 @@ def test_card_tells_how_to_load_what_is_there(tmp_path, adapted):
     run.trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         card = (folder / "README.md").read_text()
-        assert f'from_pretrained("{folder}")' in card and "tags: [ebft" in card
+        assert f'from_pretrained("{folder}")' in card and "- ebft\n" in card
         assert ("AutoPeftModelForCausalLM" in card) == adapted

@@ -30,7 +30,7 @@ def test_a_whole_file(folder):
     # What a Trainer keeps beside the weights is none.
     torch.save({}, folder / "training_args.bin")
     save_file({"a": torch.zeros(1)}, folder / "optimizer.safetensors")
-    refused(folder, r"holds no weights \(model\.safetensors, pytorch_model\.bin\): name the folder")
+    refused(folder, r"holds no weights \(model\.safetensors\): name the folder")
 
 
 def test_weights_in_parts(folder):
@@ -44,16 +44,15 @@ def test_weights_in_parts(folder):
     check_weights(str(folder))
     (folder / "part-1.safetensors").unlink()
     refused(folder, r"part-1\.safetensors is missing, which model\.safetensors\.index\.json names")
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere/model.safetensors"}}))
+    refused(folder, r"names '\.\./elsewhere/model\.safetensors', which is not in its folder")
     for text in ("{", "[]", "{}"):
         index.write_text(text)
         refused(folder, r"index\.json is no index of weights")
 
 
-def test_other_kinds_of_weights(folder):
+def test_an_adapter(folder):
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
-    check_weights(str(folder))
-    (folder / "pytorch_model.bin").unlink()
     save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
     check_weights(str(folder))
 

@@ -10,13 +10,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from . import pickles
 from .artifacts import (
     RunFolder,
     check_output_dir,
     check_resume,
     last_complete_checkpoint,
     settings_of,
-    write_model_card,
 )
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .config import EBFTConfig
@@ -25,6 +25,7 @@ from .forward import causal_lm
 from .learned_features import ClassifierSteps, LearnedFeatures
 from .memory_guard import MemoryGuard
 from .metrics import means
+from .model_card import write_model_card
 from .moving_average import MovingAverage
 from .recorder import StepRecorder
 from .scoring import Scorer, kernel_of, resumed_kernel
@@ -139,7 +140,7 @@ class RecordedTrainer(Trainer):
             if self.network_updates is not None:
                 self.network_updates.load(resume_from_checkpoint)
         self.memory.check_dataset(self.train_dataset, self.anchors)
-        with self.memory.explained():
+        with self.memory.explained(), pickles.resuming(resume_from_checkpoint or None):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.should_save:
             self.create_model_card()
@@ -268,9 +269,12 @@ class RecordedTrainer(Trainer):
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
         """Write README.md into the output folder: base model, feature network, data, settings, last metrics."""
-        self._write_card(self.output_dir, model_name, dataset_name)
+        hub_name = self.hub_model_id if model_name and self.args.push_to_hub else None
+        self._write_card(self.output_dir, model_name, dataset_name, hub_name=hub_name, tags=tags or ())
 
-    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
+    def _write_card(
+        self, folder: Path, model_name: str | None = None, dataset_name: str | None = None, **for_the_hub
+    ) -> None:
         if self.is_world_process_zero():
             write_model_card(
                 folder,
@@ -282,4 +286,5 @@ class RecordedTrainer(Trainer):
                 history=self.state.log_history,
                 settings={**self.run_description, **settings_of(self.args)},
                 adapter=hasattr(self.model, "peft_config"),
+                **for_the_hub,
             )

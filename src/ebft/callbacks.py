@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -59,9 +59,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A resumed run has spent what its checkpoint says."""
-        callbacks: Any = state.stateful_callbacks
-        saved = callbacks.get(type(self).__name__) if callbacks and state.global_step else None
-        self.spent = saved["attributes"]["spent"] if saved else 0.0
+        self.spent = _resumed(self, state).get("spent", 0.0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock."""
@@ -79,6 +77,33 @@ class TrainingClock(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer saves."""
         return {"args": {"seconds": self.seconds, "every": self.every}, "attributes": {"spent": self.spent}}
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping; a resumed run goes on with the patience that its checkpoint had left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run has lost what patience its checkpoint says.
+
+        Raises:
+            ValueError: None is left: the run to be resumed had stopped.
+        """
+        super().on_train_begin(args, state, control, **kwargs)
+        name = "early_stopping_patience_counter"
+        self.early_stopping_patience_counter = lost = _resumed(self, state).get(name, 0)
+        if lost >= self.early_stopping_patience:
+            raise ValueError(
+                f"resume_from_checkpoint: the run stopped early, after {lost} evaluations without a better "
+                f"{args.metric_for_best_model}: raise early_stopping_patience to go on."
+            )
+
+
+def _resumed(callback: ExportableState, state: Any) -> dict[str, Any]:
+    """A callback's attributes in the checkpoint that a run resumes from; none where there is none, or not of it."""
+    name = type(callback).__name__
+    # transformers writes only into an entry that is there, and fails where a checkpoint was without this callback.
+    saved = state.stateful_callbacks.setdefault(name, callback.state())
+    return saved["attributes"] if state.global_step else {}
 
 
 class FeatureNetworkRecord(TrainerCallback, ExportableState):

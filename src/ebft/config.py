@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
+from .best_model import decide_direction
 from .config_checks import check_liger, check_parts, check_refused
 from .data.reasoning import check_tags
 from .extras import require
@@ -206,6 +207,7 @@ class EBFTConfig(TrainingArguments):
             self.eval_steps = 100  # transformers takes logging_steps, and here an evaluation samples rollouts
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        decide_direction(self)
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
         super().__post_init__()

@@ -1,7 +1,13 @@
 """Checks of `EBFTConfig`, each of one part of a run: completions, feature network, vLLM, Liger, what is refused."""
 
+import difflib
+import os
 from typing import Any
 
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .credentials import check_no_credentials
 from .extras import require
 from .features import POOLINGS_OF_COMPLETIONS
 from .liger import LOSSES as LIGER_LOSSES
@@ -9,14 +15,23 @@ from .liger import WITHOUT_LOSSES
 
 
 def check_parts(args: Any) -> None:
-    """Check how rollouts are made and what judges them.
+    """Check that nothing is secret, how rollouts are made, and what judges them.
 
     Raises:
         ValueError: Names the setting and the remedy.
     """
+    _keep_token_apart(args)
+    check_no_credentials(vars(args))
     check_completions(args) if args.rollout == "completion" else check_blocks(args)
     check_vllm(args)
     check_feature_network(args)
+    check_loggers(args)
+
+
+def _keep_token_apart(args: Any) -> None:
+    """Move `hub_token` into the environment: every checkpoint and every push holds a pickle of the settings."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
 
 
 def check_completions(args: Any) -> None:
@@ -105,6 +120,22 @@ def check_vllm(args: Any) -> None:
     if not 0 < args.vllm_gpu_memory_utilization < 1:
         raise ValueError(f"vllm_gpu_memory_utilization={args.vllm_gpu_memory_utilization} must be in (0, 1).")
     require("vllm", "vllm", "use_vllm=True")
+
+
+def check_loggers(args: Any) -> None:
+    """Refuse loggers that are unknown or not installed, which transformers does when the weights are there.
+
+    Raises:
+        ValueError: Names the logger, and what installs it.
+    """
+    installed = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            nearest = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.0)[0]
+            raise ValueError(f"report_to='{name}' is unknown: did you mean {nearest}? `none` is none.")
+        if name not in installed:
+            package = f"'ebft[{name}]'" if name in ("wandb", "tensorboard", "trackio") else name
+            raise ValueError(f"report_to='{name}' is not installed: pip install {package}, or set report_to: none.")
 
 
 def check_liger(args: Any) -> None:

@@ -127,7 +127,8 @@ def _frozen_network(policy: nn.Module, args, source, processing_class) -> Any:
         lm = _untrained(config, args.seed)
     elif isinstance(source, str):
         dtype = torch.bfloat16 if rounds else torch.float32
-        lm = read_weights(source, config, dtype, {"revision": args.feature_model_revision})
+        options_of_it = {"revision": args.feature_model_revision}
+        lm = read_weights(source, config, dtype, options_of_it, "feature_model_name_or_path")
     decoder = decoder_up_to(lm.base_model, top)
     decoder = copy.deepcopy(decoder).requires_grad_(False)
     network = FeatureNetwork(_to_bfloat16(decoder) if rounds else decoder, args.feature_layers, **options)

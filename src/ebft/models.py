@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, se
 from ._compat import keep_4bit_weights_differentiable
 from .families import TESTED
 from .forward import causal_lm, install, packs
+from .pickles import check_options
 from .pretrained import attention_options, end_ids, load_config, read_weights
 from .support import check_adapters_off_is_base, check_config, verify_blocks
 
@@ -93,9 +94,11 @@ def check_named_policy(name: str, args) -> PreTrainedConfig:
     """Everything that can be said against a model given by name before its weights are read.
 
     Raises:
-        ValueError: There is no such model, or its type, length, attention or dtype is not supported.
+        ValueError: There is no such model, it would be read from a pickle, or its type, length, attention or dtype is
+            not supported.
     """
     kwargs: dict[str, Any] = args.model_init_kwargs or {}
+    check_options(kwargs)
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if dtype not in (None, "auto", "float32", torch.float32):
         raise ValueError(

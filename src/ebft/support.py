@@ -129,7 +129,7 @@ def same_vocabulary(feature: PreTrainedConfig, name: str, policy: PreTrainedConf
         # Padded embedding tables differ in size within a family; what counts is the tokenizer. (A model may have been
         # saved without one: then the sizes decide.)
         with suppress(OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             if has_tokens(tokenizer):
                 return tokenizer.get_vocab() == processing_class.get_vocab()
     return theirs == ours

@@ -166,7 +166,8 @@ class EncoderReader:
     def __init__(self, name: str, revision: str | None, norm: str):
         from sentence_transformers import SentenceTransformer
 
-        self.model = SentenceTransformer(name, revision=revision, device="cpu").requires_grad_(False)
+        options = {"revision": revision, "device": "cpu", "trust_remote_code": False}
+        self.model = SentenceTransformer(name, **options, model_kwargs={"use_safetensors": True}).requires_grad_(False)
         self.model.tokenizer.truncation_side = "left"  # of a long text what it is about stands at its end
         self.decoder, self.norm = self.model[0].auto_model, norm
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from . import advantages as advantage_estimators
-from . import feature_models, losses, models, noise, pretrained
+from . import best_model, feature_models, losses, models, noise, pretrained
 from ._compat import loss_is_whole_steps
 from .ahead import SamplingAhead
 from .artifacts import check_output_dir
@@ -90,11 +90,12 @@ class EBFTTrainer(RecordedTrainer):
             raise ValueError(f"model={model!r}: pass a name, a path, a PreTrainedModel or a PeftModel.")
         args.check_one_device()
         args.check_liger_runs()
+        best_model.check_metric(args, eval_dataset, compute_metrics is not None)
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
         config = models.check_named_policy(model, args) if isinstance(model, str) else causal_lm(model).config
         base_name = config.name_or_path
         if processing_class is None:
-            processing_class = pretrained.load_tokenizer(str(base_name))
+            processing_class = pretrained.load_policy_tokenizer(str(base_name), args)
         check_tokenizer(processing_class, config)
         feature_model = feature_model or args.feature_model_name_or_path
         if isinstance(feature_model, str):

@@ -52,7 +52,7 @@ def rlvr_trainer(
     if args.num_generations < 2:
         raise ValueError(f"num_generations={args.num_generations}: RLVR compares completions, use 2 or more.")
     config = models.check_named_policy(model, args)
-    tokenizer = pretrained.load_tokenizer(model)
+    tokenizer = pretrained.load_policy_tokenizer(model, args)
     check_tokenizer(tokenizer, config)
     train = prompts_of(train_dataset, tokenizer, args.max_length, "train_dataset")
     evaluation = None

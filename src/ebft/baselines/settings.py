@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from trl import RLOOConfig, SFTConfig
 
 from ..config import EBFTConfig
+from ..pickles import SAFE
 
 Config = TypeVar("Config", SFTConfig, RLOOConfig)
 
@@ -47,7 +48,7 @@ def read_by_ebft_alone(method: str) -> list[str]:
 def loading_options(args: EBFTConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained`: weights are trained in float32, as EBFT's are."""
     given: Any = args.model_init_kwargs or {}
-    return {"dtype": "float32", **given}
+    return {"dtype": "float32", **SAFE, **given}
 
 
 def trl_config(kind: type[Config], args: EBFTConfig, method: str, **settings: Any) -> Config:

@@ -39,7 +39,7 @@ def sft_trainer(
     """
     check_read(args, "sft")
     config = models.check_named_policy(model, args)
-    tokenizer = pretrained.load_tokenizer(model)
+    tokenizer = pretrained.load_policy_tokenizer(model, args)
     check_tokenizer(tokenizer, config)
     # Without blocks, that is: a document too short for one is trained on all the same, as EBFT's own cross-entropy is.
     without_blocks = dataclasses.replace(args, rl_coef=0.0, ce_coef=1.0)

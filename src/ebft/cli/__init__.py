@@ -19,6 +19,7 @@ VERBS = {
     "report": "show runs in one HTML file: curves, tables and their rollouts",
     "merge": "make one model of an adapter and its base",
     "plan": "say what a run would cost, without weights or a GPU",
+    "convert": "turn settings of the authors' release or of Axolotl into ours",
     "env": "show versions, devices, memory and attention backends",
 }
 
@@ -30,6 +31,7 @@ EXTRAS = {
     "plotly": "report",
     "sacrebleu": "translation",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "wandb": "wandb",
 }
 

@@ -9,6 +9,7 @@ from trl import ModelConfig
 from ebft.cli.parser import ArgumentParser, read_flags
 from ebft.compare.config import METHODS
 from ebft.config import EBFTConfig
+from ebft.credentials import check_no_credentials
 
 
 @dataclass
@@ -76,6 +77,16 @@ class MethodArguments:
     save_seconds: float | None = field(
         default=None, metadata={"help": "Save a checkpoint after each so many seconds of optimiser steps."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the training after so many evaluations in a row without a better metric_for_best_model "
+            "(default: loss). The best weights are those saved at the end with load_best_model_at_end."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "Better is what improves by more than this, for early_stopping_patience."}
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -87,14 +98,20 @@ class MethodArguments:
             ("reward", self.method == "rlvr"),
             ("time_limit", self.reward == "unit_tests"),
             ("allow_weak_sandbox", self.reward == "unit_tests"),
+            ("early_stopping_threshold", self.early_stopping_patience is not None),
         ):
             if not wanted and getattr(self, name) != default[name]:
-                needed = "method: rlvr" if name == "reward" else "reward: unit_tests"
+                needs = {"reward": "method: rlvr", "early_stopping_threshold": "early_stopping_patience"}
+                needed = needs.get(name, "reward: unit_tests")
                 raise ValueError(f"{name}: got {getattr(self, name)}, which does nothing without {needed}")
         for name in ("time_limit", "max_train_seconds", "save_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: got {value}; give seconds above 0")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience: got {self.early_stopping_patience}; give at least 1")
+        if not 0 <= self.early_stopping_threshold < float("inf"):
+            raise ValueError(f"early_stopping_threshold: got {self.early_stopping_threshold}; give at least 0")
 
 
 @dataclass
@@ -174,7 +191,11 @@ def parse(argv: list[str], verb: str = "train") -> Arguments:
         parser.set_defaults(output_dir=default_output_dir(namespace.model_name_or_path, namespace.dataset_name))
     *groups, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments = Arguments(*groups)
+    for group in (arguments.data, arguments.model, arguments.method):
+        check_no_credentials(vars(group))
     _check_completion_length(arguments)
+    if arguments.method.early_stopping_patience is not None:
+        _choose_best_metric(arguments.training)
     if not arguments.model.use_peft:
         _refuse_lora_options(arguments.model)
     return arguments
@@ -188,6 +209,16 @@ def _check_completion_length(arguments: Arguments) -> None:
             f"max_completion_length: got {length}, which does nothing without method: rlvr or rollout: completion; "
             "EBFT's blocks have `completion_length`"
         )
+
+
+def _choose_best_metric(training: EBFTConfig) -> None:
+    """The metric of early stopping: the one given, else the loss."""
+    if training.eval_strategy == "no":
+        raise ValueError(
+            "early_stopping_patience: nothing is evaluated; give eval_dataset_name, eval_split_size or eval_strategy"
+        )
+    if training.metric_for_best_model is None:
+        training.metric_for_best_model, training.greater_is_better = "loss", False
 
 
 def _refuse_lora_options(model: ModelArguments) -> None:

@@ -65,18 +65,28 @@ def merge(adapter: Path, output_dir: Path, dtype: str) -> None:
         ValueError: The adapter cannot be merged.
     """
     import torch
-    from peft import AutoPeftModelForCausalLM
+    from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer
 
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
-    base = model.peft_config["default"].base_model_name_or_path
-    if getattr(model.get_base_model(), "is_quantized", False):
+    from ebft.pretrained import load_config, read_weights
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{adapter}: no adapter_model.safetensors: only safetensors are read, since a pickle can run code"
+        )
+    config = PeftConfig.from_pretrained(adapter)
+    base, of_base = str(config.base_model_name_or_path), {"revision": config.revision}
+    lm = read_weights(
+        base, load_config(base, f"{adapter}: base_model_name_or_path", **of_base), torch.float32, of_base
+    )
+    model = PeftModel.from_pretrained(lm, adapter)
+    if getattr(lm, "is_quantized", False):
         raise ValueError(
             f"{adapter}: its base {base} is stored in few bits, in which the sum would be rounded again: name the "
             "model it was made from, as base_model_name_or_path in adapter_config.json"
         )
     tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else base)
-    _part_ends(model.get_base_model())
+    _part_ends(lm)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:

@@ -11,6 +11,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from trl import TrlParser
 
+from ebft.credentials import hidden
+
 # Keys that older recipes name and transformers or TRL dropped -> what to write now.
 GONE = {
     "adafactor": "write `optim: adafactor`",
@@ -95,7 +97,7 @@ def _read_yaml(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+        raise ValueError(f"{path}{_place_of(error)}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: expected lines of the form `name: value`")
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
@@ -118,10 +120,16 @@ def _read_yaml(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     return values
 
 
+def _place_of(error: yaml.YAMLError) -> str:
+    """Where and why it is no YAML, without the line itself, in which a token may stand."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f":{mark.line + 1}: not valid YAML: {problem}" if mark and problem else ": not valid YAML"
+
+
 def _set_environment(variables: Any) -> None:
     """Set the environment variables that TRL's recipes keep under `env`."""
     if not isinstance(variables, dict):
-        raise ValueError(f"env: got {variables!r}; write lines of the form `VARIABLE: value` under it")
+        raise ValueError("env: write lines of the form `VARIABLE: value` under it")
     os.environ.update({name: str(value) for name, value in variables.items()})
 
 
@@ -130,6 +138,7 @@ def _typed(parser: ArgumentParser, name: str, value: Any, text: Any, hint: Any) 
 
     The words are the file's own `text`, not YAML's reading of it, which takes 1e-6 for text and `no` for false.
     """
+    shown = hidden({name: value})[name]
     kinds = {getattr(part, "__origin__", part) for part in (hint, *get_args(hint))}
     if value is None:
         if NoneType not in kinds:
@@ -138,10 +147,10 @@ def _typed(parser: ArgumentParser, name: str, value: Any, text: Any, hint: Any) 
     if isinstance(value, (bool, dict)) and type(value) in kinds:
         return value
     if isinstance(value, dict):
-        raise ValueError(f"{name}: got {value}; this option takes no `name: value` lines")
+        raise ValueError(f"{name}: got {shown}; this option takes no `name: value` lines")
     if isinstance(value, list):
         if list not in kinds:
-            raise ValueError(f"{name}: got {value}; this option takes one value")
+            raise ValueError(f"{name}: got {shown}; this option takes one value")
         if str in kinds:
             return value
         words = [f"--{name}", *map(str, value)]

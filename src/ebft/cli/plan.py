@@ -91,7 +91,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     if data.num_processes == 1:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
-    tokenizer = pretrained.load_tokenizer(name)
+    tokenizer = pretrained.load_policy_tokenizer(name, args)
     models.complete_stop_token_ids(args, name, tokenizer)
     rows, documents, anchors, evaluates = _documents(arguments, tokenizer)
     with torch.device("meta"):

@@ -51,6 +51,8 @@ often used, with their defaults:
   --method ebft                      sft and rlvr are what EBFT is compared with, on the same documents, by TRL's
                                      trainers; rlvr needs --reward unit_tests, bleu, or MODULE.FUNCTION
   --max_train_seconds S              end the training after S seconds of updates
+  --early_stopping_patience N        end it after N evaluations without a better --metric_for_best_model (eval_loss);
+                                     --load_best_model_at_end saves the best weights at the end
 
   ebft train --help-all              every option
 """
@@ -66,6 +68,7 @@ def run(argv: list[str]) -> None:
         ValueError: An option, the data or the model cannot be used; the message says which, and what to do.
         OSError: A file or a model cannot be read.
     """
+    from ebft import pickles
     from ebft._compat import close_progress_bars
     from ebft.cli.arguments import argument_parser, parse
 
@@ -80,7 +83,8 @@ def run(argv: list[str]) -> None:
         _launch(arguments, argv, environment)
     try:
         trainer = build_trainer(arguments)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with pickles.resuming(checkpoint):  # TRL's trainers do not see to it by themselves
+            trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if trainer.is_world_process_zero():
             print(f"Model, metrics and rollouts are in {arguments.training.output_dir}")
@@ -115,7 +119,7 @@ def build_trainer(arguments: Arguments) -> Trainer:
     """
     from trl import get_peft_config, get_quantization_config
 
-    from ebft.callbacks import TrainingClock
+    from ebft.callbacks import EarlyStopping, TrainingClock
 
     training, model, method = arguments.training, arguments.model, arguments.method
     # resolved_config.yaml repeats the options as they were given, so that a flag can still override each of them.
@@ -128,6 +132,8 @@ def build_trainer(arguments: Arguments) -> Trainer:
     trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
     if method.max_train_seconds is not None or method.save_seconds is not None:
         trainer.add_callback(TrainingClock(method.max_train_seconds, method.save_seconds))
+    if method.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(method.early_stopping_patience, method.early_stopping_threshold))
     return trainer
 
 
@@ -159,7 +165,7 @@ def from_pretrained_options(arguments: Arguments) -> dict[str, Any]:
     """TRL's model options that are arguments of from_pretrained; model_init_kwargs has the last word."""
     extra, model = arguments.training.model_init_kwargs or {}, arguments.model
     if isinstance(extra, str):
-        raise ValueError(f"model_init_kwargs: got {extra!r}; write `{{name: value}}`")
+        raise ValueError("model_init_kwargs: no mapping; write `{name: value}`")
     options = {
         "revision": model.model_revision,
         "dtype": model.dtype,
@@ -253,7 +259,8 @@ def _check_inputs(arguments: Arguments) -> None:
     from transformers import AutoConfig
 
     data, training, model = arguments[:3]
-    AutoConfig.from_pretrained(str(model.model_name_or_path), **from_pretrained_options(arguments))
+    options = {"trust_remote_code": False} | from_pretrained_options(arguments)
+    AutoConfig.from_pretrained(str(model.model_name_or_path), **options)
     load_datasets(data, evaluate=training.eval_strategy != "no", seed=training.seed)
 
 

@@ -6,6 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..credentials import check_no_credentials
+
 METHODS = ("ebft", "sft", "rlvr")
 # What a comparison sets by itself: the same for all methods, or a cell's own.
 OURS = ("model_name_or_path", "dataset_name", "output_dir", "seed")
@@ -54,6 +56,7 @@ class CompareConfig:
     workers: int = _setting(1, "Runs at a time. More `ebft compare` commands in one output_dir share the work.")
 
     def __post_init__(self) -> None:
+        check_no_credentials(vars(self))
         for name in ("model_name_or_path", "dataset_name", "methods", "validation", "test"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; every comparison needs it.")

@@ -5,6 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,10 @@ def load_documents(
 
     Raises:
         ValueError: if nothing of that name exists, the suffix is unknown, files of several kinds or with several
-            formats are mixed, a line is no UTF-8 or no JSON object (names file and line), or there are no rows.
+            formats are mixed, a line is no UTF-8 or no JSON object (names file and line), there are no rows, or a
+            folder names files outside of it.
     """
     import datasets
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     path = Path(name).expanduser()
     source: dict[str, Any] = {"path": name}
@@ -86,9 +87,25 @@ def load_documents(
             f"{field}={name!r}: no such file or folder ({path.resolve()}), and not a Hub name either: "
             "correct the path, or pass 'owner/name' for a dataset of the Hub"
         )
-    try:
+    if path.is_dir():
+        with _explained(name, split, field):
+            builder = datasets.load_dataset_builder(**source, name=config)
+        _check_stays_inside(path, builder, field)
+    with _explained(name, split, field):
         dataset = datasets.load_dataset(**source, name=config, split=split, streaming=streaming)
         first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{field}={name!r}: split {split!r} holds no rows: add some, or choose another split")
+    return dataset
+
+
+@contextmanager
+def _explained(name: str, split: str, field: str) -> Iterator[None]:
+    """Around calls of `datasets`: its errors as ValueErrors that name the option."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        yield
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{field}={name!r} is no local file or folder, and the Hub did not give it ({error}): "
@@ -101,15 +118,25 @@ def load_documents(
             f"{field}={name!r}, split={split!r}: {cause} (the split must exist, and all files must be whole and "
             "have the same columns and types)"
         ) from error
-    if first is None:
-        raise ValueError(f"{field}={name!r}: split {split!r} holds no rows: add some, or choose another split")
-    return dataset
 
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist was meant as a path, so that asking the Hub would only hide the typo."""
     suffixes = (*_TABLES, ".txt", ".gz")  # no others: a Hub name may end in .cpp or .ts
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)
+
+
+def _check_stays_inside(folder: Path, builder: Any, field: str) -> None:
+    """Refuse a folder that names files elsewhere, by links or in its README: what is there is not its author's."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots":  # of the Hub's cache, where files are links to its blobs
+        root = root.parent.parent
+    for name in (name for files in (builder.config.data_files or {}).values() for name in files):
+        if "://" in name or not Path(name).resolve().is_relative_to(root):
+            raise ValueError(
+                f"{field}={str(folder)!r} names {name}, which is not in that folder (through a link, or the README's "
+                "data_files): copy the file into it, or name the file itself"
+            )
 
 
 def _kind(path: Path) -> str | None:

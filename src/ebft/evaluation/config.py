@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from ..credentials import check_no_credentials
 from .comet import MODEL
 from .pass_at_k import check_k
 from .settings import KERNELS, MEASURES, DocumentSettings, GenerationSettings
@@ -141,6 +142,7 @@ class EvaluationConfig:
     plots: bool = _setting(True, "Draw plots as PNG and SVG.")
 
     def __post_init__(self) -> None:
+        check_no_credentials(vars(self))
         if not self.model_name_or_path:
             raise ValueError("model_name_or_path: missing; give one model or several.")
         self.kernels = list(self.kernels)

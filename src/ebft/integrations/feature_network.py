@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..features import NORMS, REDUCTIONS, FeatureNetwork, decoder_up_to, layer_indices
 from ..forward import causal_lm
-from ..pretrained import attention_options, load_config, load_tokenizer
+from ..pretrained import attention_options, load_config, load_tokenizer, read_weights
 from ..support import check_config
 
 POOLINGS = ("last_token", "mean_pooling")  # the others need completions of one length
@@ -61,8 +61,8 @@ def load_network(
     if name is None:
         decoder = copy.deepcopy(decoder_up_to(causal_lm(model).base_model, top))
     else:
-        options: dict[str, Any] = {"revision": revision, "dtype": dtype, **attention_options(config)}
-        decoder = decoder_up_to(AutoModelForCausalLM.from_pretrained(name, **options).base_model, top)
+        options: dict[str, Any] = {"revision": revision, **attention_options(config)}
+        decoder = decoder_up_to(read_weights(name, config, dtype, options, "feature_model").base_model, top)
     return FeatureNetwork(decoder.requires_grad_(False).eval(), layers, pooling, norm, reduction)
 
 

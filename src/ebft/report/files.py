@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
 
+from ..credentials import hidden
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -20,6 +22,8 @@ NOT_YAML = (OSError, ValueError, LookupError, AttributeError, TypeError, Recursi
 
 def read_lines(path: Path) -> Iterator[Record]:
     """The whole records of a file of JSON lines; a running process may just be writing the last one."""
+    if leaves_folder(path):
+        return
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -34,16 +38,20 @@ def read_lines(path: Path) -> Iterator[Record]:
 
 
 def read_yaml(path: Path) -> Record:
-    """A YAML file's mapping, with its keys as text; empty if it is missing or not whole."""
+    """A YAML file's mapping, with its keys as text and without secrets; empty if it is missing or not whole."""
+    if leaves_folder(path):
+        return {}
     try:
         value = yaml.safe_load(path.read_bytes())
     except NOT_YAML:
         return {}
-    return {str(key): inner for key, inner in value.items()} if isinstance(value, dict) else {}
+    return hidden({str(key): inner for key, inner in value.items()}) if isinstance(value, dict) else {}
 
 
 def read_json(path: Path) -> Record:
     """A JSON file's object; empty if it is missing or not whole."""
+    if leaves_folder(path):
+        return {}
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -56,12 +64,19 @@ def read_parquet(path: Path) -> "pa.Table | None":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if leaves_folder(path):
+        return None
     try:
         table = pq.read_table(path)
         table.validate(full=True)  # text that is no UTF-8 would only be found when it is read
     except (OSError, ValueError, pa.ArrowException):
         return None
     return table
+
+
+def leaves_folder(path: Path) -> bool:
+    """Whether a file is a link to one elsewhere: what a folder from outside points to is not for others to see."""
+    return path.resolve().parent != path.parent.resolve()
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM
 
 from ... import pretrained
 from ..._compat import revision_of
@@ -65,8 +64,8 @@ class Session:
         Raises:
             ValueError: A weight is not finite: rollouts of such a model would have numbers like any other's.
         """
-        options = pretrained.attention_options(pretrained.load_config(path))
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, **options)
+        config = pretrained.load_config(path)
+        model: Any = pretrained.read_weights(path, config, self.dtype, pretrained.attention_options(config))
         model = model.to(self.device).eval()
         for name, weight in model.named_parameters():
             if weight.dtype == self.dtype and not torch.stack(weight.aminmax()).isfinite().all():

@@ -1,0 +1,110 @@
+"""Pickles, which run code when they are read: weights that are one are refused, a checkpoint's hold data alone."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import has_file
+
+# For `from_pretrained`: also of a model whose config asks for code of its own, without a question on the terminal.
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+
+# An index names the files of weights in several parts. An adapter stands on a base model, found through its config.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+
+# What `.metadata` of a sharded checkpoint (FSDP) may name; torch reads that file without restriction.
+METADATA = "torch.distributed.checkpoint.metadata"
+NAMES_OF_METADATA = {
+    *((METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    (METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch", name) for name in ("Size", "float64", "float32", "float16", "bfloat16", "bool", "uint8")),
+    *(("torch", name) for name in ("int8", "int16", "int32", "int64")),
+    ("torch.serialization", "_get_layout"),
+    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(("collections", name) for name in ("OrderedDict", "defaultdict")),
+}
+
+
+def check_options(kwargs: dict[str, Any]) -> None:
+    """Refuse options of `from_pretrained` that would read a pickle.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    for name in ("use_safetensors", "weights_only"):
+        if kwargs.get(name, True) is not True:
+            raise ValueError(
+                f"model_init_kwargs: {name}={kwargs[name]} would read weights from a pickle, which can run code: "
+                "remove it."
+            )
+
+
+def check_weights_are_no_pickle(name: str, field: str) -> None:
+    """Refuse a model whose weights are there as pickles alone.
+
+    Args:
+        name: A folder, or a name on the Hub.
+        field: The option that `name` comes from, for messages.
+
+    Raises:
+        ValueError: Says how to convert them.
+    """
+    found = next((file for file in PICKLES if _has(name, file)), None)
+    if found is not None and not any(_has(name, file) for file in SAFETENSORS):
+        raise ValueError(
+            f"{field}='{name}' has its weights in {found}, a pickle, which can run code when it is read: convert them "
+            "to safetensors (docs/safety.md has the command), or take a model that has them."
+        )
+
+
+def _has(name: str, file: str) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / file).is_file()
+    with suppress(OSError, ValueError):  # no such name, or no network
+        return has_file(name, file)
+    return False
+
+
+@contextmanager
+def resuming(checkpoint: str | Path | None) -> Iterator[None]:
+    """Around a training that resumes: nothing that the checkpoint holds is run.
+
+    transformers reads optimiser, schedule and random states with `weights_only`, which refuses all but data.
+
+    Raises:
+        ValueError: A file of the checkpoint is a pickle of more than data.
+    """
+    if checkpoint is not None:
+        check_weights_are_no_pickle(str(checkpoint), "resume_from_checkpoint")
+        for path in sorted(Path(checkpoint).rglob(".metadata")):
+            _check_metadata(path)
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"resume_from_checkpoint='{checkpoint}': one of its .pt or .pth files holds more than data or is damaged, "
+            "and was not read: resume from another checkpoint."
+        ) from error
+
+
+class _DataAlone(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in NAMES_OF_METADATA:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_metadata(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            _DataAlone(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {path} holds more than data or is damaged ({error}): resume from another "
+            "checkpoint."
+        ) from error

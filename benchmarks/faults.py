@@ -320,9 +320,7 @@ def show(console: Console, kills: list[Kill], outcomes: dict[str, dict[str, list
     console.print(table)
     for kind, runs in outcomes.items():
         wrong = {name: found for name, found in runs.items() if found}
-        console.print(
-            f"{kind}: {len(runs)} run(s), {'all equal to the unbroken one, to the bit' if not wrong else wrong}"
-        )
+        console.print(f"{kind}: {len(runs)} run(s), {wrong or 'all equal to the unbroken one, to the bit'}")
 
 
 def main(argv: list[str] | None = None) -> int:

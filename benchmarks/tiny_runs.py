@@ -1,6 +1,6 @@
 """Runs of a tiny random model on random documents, built in code: what is killed or watched over many steps."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> Qwen2ForCausalLM:
     """Four layers of width 32."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
+    shape: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=264, num_key_value_heads=1, max_position_embeddings=64, **shape))
 
 
@@ -61,7 +61,7 @@ def documents(count: int, seed: int = 0) -> Dataset:
     )
 
 
-def trainer(kind: str, folder: Path, steps: int, callbacks: list[Callable] = (), **settings: Any) -> EBFTTrainer:
+def trainer(kind: str, folder: Path, steps: int, callbacks: Sequence[Any] = (), **settings: Any) -> EBFTTrainer:
     """A trainer of one kind, ready for `train()`.
 
     Args:

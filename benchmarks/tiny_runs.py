@@ -72,10 +72,11 @@ def trainer(kind: str, folder: Path, steps: int, callbacks: Sequence[Any] = (), 
         **settings: Of `EBFTConfig`, in place of ours.
     """
     adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if kind == "lora" else None
+    options: dict[str, Any] = SETTINGS | KINDS[kind] | settings
     data: Any = documents(steps * 4 if kind == "stream" else 50)
     return EBFTTrainer(
         model(),
-        EBFTConfig(output_dir=str(folder), max_steps=steps, **(SETTINGS | KINDS[kind] | settings)),
+        EBFTConfig(output_dir=str(folder), max_steps=steps, **options),
         train_dataset=data.to_iterable_dataset() if kind == "stream" else data,
         eval_dataset=documents(4, seed=1) if settings.get("eval_strategy", "no") != "no" else None,
         processing_class=tokenizer(),

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -72,6 +71,7 @@ class RecordedTrainer(Trainer):
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
         self.add_callback(StepEnd(self.save_step_rollouts))
+        self.data_fingerprint: dict[str, Any] = {}  # of the training data, known when training starts
         self.preemption = Preemption(self)
         self.add_callback(self.preemption)
         save_whole_checkpoints(self, lambda: {"settings": self.settings, "data": self.data_fingerprint})
@@ -117,11 +117,6 @@ class RecordedTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """All settings of the run, as `resolved_config.yaml` has them."""
         return {**self.run_description, **settings_of(self.args)}
-
-    @cached_property
-    def data_fingerprint(self) -> dict[str, Any]:
-        """What the training data are, for a resume to compare."""
-        return fingerprint(self.train_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, writing the run's artifacts.
@@ -192,12 +187,12 @@ class RecordedTrainer(Trainer):
             step = self._check_records(checkpoint)
             check_resume(self.output_dir, checkpoint)
             self.on_first_process(lambda: check_settings(Path(checkpoint), self.settings, self.args.world_size))
-            self.on_first_process(lambda: check_data(Path(checkpoint), self.data_fingerprint))
             if step >= self.planned_steps():
                 raise ValueError(
                     f"resume_from_checkpoint='{checkpoint}': the run is finished after {step} steps; "
                     "raise max_steps or num_train_epochs to go on."
                 )
+        self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()
         self.run_folder.start(self.settings, step)
         if checkpoint:
@@ -210,6 +205,12 @@ class RecordedTrainer(Trainer):
         if self.args.should_save:
             self.create_model_card()
         return result
+
+    def _check_data(self, checkpoint: str | None) -> dict[str, Any]:
+        found = fingerprint(self.train_dataset)
+        if checkpoint:
+            check_data(Path(checkpoint), found)
+        return found
 
     def planned_steps(self) -> float:
         """Optimiser steps of the whole run; infinite where a stream does not say."""

@@ -27,7 +27,7 @@ from ebft import EBFTConfig, EBFTTrainer
 from ebft.data import load_documents
 
 MIB = 2**20
-SAVES: dict[str, Any] = dict(save_total_limit=2, eval_strategy="steps", rollout_save_steps=10, logging_steps=1)
+RUN: dict[str, Any] = dict(save_total_limit=2, eval_strategy="steps", gradient_accumulation_steps=1)
 
 
 class Watch(TrainerCallback):
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         p.error(f"warmup={warmup} leaves fewer than 10 of {args.steps} steps.")
     every = max(1, args.steps // 20)
     with tempfile.TemporaryDirectory() as name:
-        settings: dict[str, Any] = SAVES | {"save_steps": every, "eval_steps": every}
+        settings: dict[str, Any] = RUN | {"save_steps": every, "eval_steps": every}
         if args.stream:
             write_rows(Path(name) / "rows.jsonl", int(args.stream * MIB))
             ours = streamed(Path(name) / "rows.jsonl", Path(name) / "run", args.steps, **settings)

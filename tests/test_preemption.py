@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children, current_process
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_signal_ends_the_run_behind_a_checkpoint(unbroken, tmp_path, moment, s
     assert signal.getsignal(number) is signal.SIG_DFL
     assert files(tmp_path, "metrics.jsonl") == files(unbroken.folder, "metrics.jsonl")
     assert files(tmp_path, "rollouts/*") == files(unbroken.folder, "rollouts/*")
+
+
+def test_a_signal_to_all_processes_leaves_the_loaders_workers_to_the_run(unbroken, tmp_path):
+    class SignalAll(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            for process in [*active_children(), current_process()]:
+                os.kill(process.pid or 0, signal.SIGTERM)
+                time.sleep(0.2)
+            assert len(active_children()) == 1
+
+    with pytest.raises(Stopped):
+        interrupted.run("full", tmp_path, callbacks=[SignalAll()], dataloader_num_workers=1)
+    resumed = interrupted.run("full", tmp_path, resume=True)
+    assert len(resumed.weights) == 6
+    assert_equal_weights(resumed.weights[-1], unbroken.weights[-1])
 
 
 def test_behind_an_epochs_last_step_its_evaluation_comes_first(tmp_path):

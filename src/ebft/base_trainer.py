@@ -30,7 +30,7 @@ from .forward import causal_lm
 from .memory_guard import MemoryGuard
 from .metrics import means
 from .moving_average import MovingAverage
-from .preemption import Preemption, Stopped
+from .preemption import Preemption, Stopped, spare_workers
 from .recorder import StepRecorder
 from .resuming import check_data, check_settings
 from .saving import save_whole_checkpoints
@@ -245,6 +245,12 @@ class RecordedTrainer(Trainer):
                 f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
                 "resume with that one."
             )
+
+    def get_train_dataloader(self):
+        """As in transformers, with workers that outlive a SIGTERM until the run has stopped."""
+        loader = super().get_train_dataloader()
+        spare_workers(loader)
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
         """As in transformers; where a stream's file is gone, with what became of the run.

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ from transformers.trainer_utils import SaveStrategy
 STATUS = 128 + signal.SIGTERM  # 143, what a shell says of a process that SIGTERM ended
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_NOTICE = 2.0  # seconds: schedulers signal a whole group and launchers pass signals on, so that one comes twice
+
+
+def spare_workers(loader: Any) -> None:
+    """Have the workers of a prepared data loader survive a SIGTERM to all processes: without them the run would fail."""
+    inner = loader.base_dataloader
+    inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+
+
+def _start_worker(also: Callable[[int], None] | None, worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with their parent, whatever ends that
+    if also is not None:
+        also(worker)
 
 
 class Stopped(SystemExit):

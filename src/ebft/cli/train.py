@@ -31,7 +31,7 @@ examples:
   ebft train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
   ebft train --config recipe.yaml --learning_rate 2e-6
   ebft train --config recipe.yaml --use_peft --lora_r 16 --learning_rate 1e-5
-  ebft train --config recipe.yaml --resume_from_checkpoint last
+  ebft train --config recipe.yaml --resume_from_checkpoint last      # or auto: from the start if there is none
   ebft train --config recipe.yaml --num_processes 2
 
 often used, with their defaults:

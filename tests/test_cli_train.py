@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from ebft.artifacts import last_complete_checkpoint
+from ebft.checkpoints import last_complete_checkpoint
 from ebft.cli import main
 
 

@@ -88,6 +88,7 @@ def altered_record(whole, folder, change):
     """A copy of a run whose checkpoints say something else of its kernel."""
     shutil.copytree(whole.folder, folder)
     for path in folder.glob("checkpoint-*/trainer_state.json"):
+        (path.parent / "manifest.json").unlink()  # as in checkpoints from before there were manifests
         state = json.loads(path.read_text())
         change(state["stateful_callbacks"]["KernelRecord"]["attributes"]["record"])
         path.write_text(json.dumps(state))

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +49,19 @@ def loss_is_whole_steps(trainer: Trainer) -> None:
     """
     trainer.model_accepts_loss_kwargs = True
     trainer.loss_is_scaled_for_ga = True
+
+
+def around_saving(trainer: Trainer, context: Callable[[Path], AbstractContextManager]) -> None:
+    """Have a Trainer write each of its checkpoints within `context(folder)`."""
+    inner: Any = trainer
+    save = inner._save_checkpoint
+
+    def save_within(model: nn.Module, trial: Any) -> None:
+        folder = Path(inner._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        with context(folder):
+            save(model, trial)
+
+    inner._save_checkpoint = save_within
 
 
 def close_progress_bars() -> None:

@@ -7,17 +7,22 @@ run leaves the same files as an unbroken one; what a clock says goes into `timin
 import dataclasses
 import json
 import os
+import shutil
 import time
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .checkpoints import last_complete_checkpoint, step_of, tidy, whole_checkpoints
+from .locks import lock
+
 if TYPE_CHECKING:  # at run time it would bring transformers along, and `ebft report` reads these files without
     from .config import EBFTConfig
 
-METRICS, TIMING, SETTINGS = "metrics.jsonl", "timing.jsonl", "resolved_config.yaml"
+METRICS, TIMING, SETTINGS, LOCK = "metrics.jsonl", "timing.jsonl", "resolved_config.yaml", ".run.lock"
 CLOCK = ("step_time", "tokens_per_second")
 CLOCK_ENDINGS = ("_runtime", "_per_second", "_preparation_time")
 
@@ -53,30 +58,12 @@ def check_resume(output_dir: str | Path, checkpoint: str | Path) -> None:
         check_output_dir(output_dir, resuming=False)
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end: the trainer's state is its last file."""
-    found = whole_checkpoints(Path(output_dir))
-    return str(found[-1]) if found else None
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints that were written to their end, the earliest first."""
-    found = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0]
-    return sorted((path for path in found if _is_json(path / "trainer_state.json")), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step of a checkpoint, by its name; -1 if it has none."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True
+def forget_start(folder: Path) -> None:
+    """Remove what a run left that did not come as far as its first checkpoint."""
+    for name in (METRICS, TIMING):
+        (folder / name).unlink(missing_ok=True)
+    for path in (folder / "rollouts").glob("step_*.parquet"):
+        path.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -91,37 +78,40 @@ class RunFolder:
         self.path = Path(output_dir)
         self.writes = writes
         self.written = False  # whether this process has written a record
+        self._lock: Any = None
+
+    def acquire(self) -> None:
+        """Keep the folder for this process: two runs would write the same files.
+
+        Raises:
+            ValueError: It cannot be made or written to, or another run has it.
+        """
+        if self.writes and self._lock is None:
+            self._lock = lock(self.path, LOCK, "ebft train")
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def start(self, settings: dict[str, Any], resume_step: int | None) -> None:
         """Begin a run, or take back what was written after the checkpoint it resumes from."""
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            self._warn_of_changes(settings)
+        tidy(self.path)
+        step = resume_step or 0
+        for path in whole_checkpoints(self.path):  # first: a kill must not leave them with shortened files
+            if step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
+                path.rename(path.with_name(f"superseded-{time.time_ns()}-{path.name}"))
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         (self.path / SETTINGS).write_text(text, encoding="utf-8")
-        step = resume_step or 0
         for name in (METRICS, TIMING):
             if (self.path / name).exists():
                 _keep_lines(self.path / name, step)
         for path in (self.path / "rollouts").glob("step_*.parquet"):
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink()
-        for path in whole_checkpoints(self.path):
-            if step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
-                path.rename(path.with_name(f"superseded-{time.time_ns()}-{path.name}"))
-
-    def _warn_of_changes(self, settings: dict[str, Any]) -> None:
-        """Say which settings differ from those the run had so far: what follows is then no longer the unbroken run."""
-        if not (self.path / SETTINGS).exists():
-            return
-        before = yaml.safe_load((self.path / SETTINGS).read_text(encoding="utf-8")) or {}
-        keys = {**before, **settings}.keys() - {"output_dir"}  # a folder may move
-        changed = [key for key in sorted(keys) if before.get(key) != settings.get(key)]
-        if changed:
-            text = ", ".join(f"{key} {before.get(key)} -> {settings.get(key)}" for key in changed)
-            warnings.warn(f"resuming with other settings than before: {text}", stacklevel=3)
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Append one record of metrics, its clock readings apart."""
@@ -132,7 +122,10 @@ class RunFolder:
         for name, part in ((METRICS, {k: v for k, v in record.items() if k not in clock}), (TIMING, clock)):
             if part:
                 self.written = True
-                with open(self.path / name, "a", encoding="utf-8") as file:
+                with (
+                    written(self.path / name, self.path),
+                    open(self.path / name, "a", encoding="utf-8") as file,
+                ):
                     file.write(json.dumps({"step": step, **part}) + "\n")
 
     def save_rollouts(self, rows: list[dict[str, Any]], step: int) -> None:
@@ -144,10 +137,36 @@ class RunFolder:
 
         rows = sorted(rows, key=lambda row: (row["document_id"], row["block"], row["rollout"]))
         folder = self.path / "rollouts"
-        folder.mkdir(exist_ok=True)
         unfinished = folder / "unfinished"  # renamed when whole, so that a killed run leaves no half a file
-        pq.write_table(pa.Table.from_pylist(rows), unfinished)
-        os.replace(unfinished, folder / f"step_{step:06d}.parquet")
+        with written(unfinished, self.path):
+            folder.mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), unfinished)
+            os.replace(unfinished, folder / f"step_{step:06d}.parquet")
+
+
+@contextmanager
+def written(path: Path, output_dir: Path) -> Iterator[None]:
+    """Say of a file that cannot be written, while a run goes on, what became of the run.
+
+    Raises:
+        OSError: It cannot; the message names the file, the reason and the checkpoint to go on from.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}): {stopped_at(output_dir)}") from error
+
+
+def stopped_at(output_dir: Path) -> str:
+    """How much room there is, and where a run that could not write goes on."""
+    free = shutil.disk_usage(output_dir).free / 2**30
+    return f"the run stopped. {free:.2f} GiB are free there: make room, {where_to_go_on(output_dir)}."
+
+
+def where_to_go_on(output_dir: Path) -> str:
+    """What to do when the cause of a stop is mended."""
+    last = last_complete_checkpoint(output_dir)
+    return f"then go on from {last} with resume_from_checkpoint: last" if last else "then start anew"
 
 
 def _keep_lines(path: Path, step: int) -> None:

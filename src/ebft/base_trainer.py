@@ -2,24 +2,29 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from . import pickles
 from .artifacts import (
+    LOCK,
     RunFolder,
     check_output_dir,
     check_resume,
-    last_complete_checkpoint,
+    forget_start,
     settings_of,
+    where_to_go_on,
 )
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
+from .checkpoints import check_whole, last_complete_checkpoint
 from .config import EBFTConfig
+from .data.fingerprint import fingerprint
 from .features import FeatureNetwork
 from .forward import causal_lm
 from .learned_features import ClassifierSteps, LearnedFeatures
@@ -27,8 +32,13 @@ from .memory_guard import MemoryGuard
 from .metrics import means
 from .model_card import write_model_card
 from .moving_average import MovingAverage
+from .preemption import Preemption, Stopped, spare_workers
 from .recorder import StepRecorder
+from .resuming import check_data, check_settings
+from .saving import save_whole_checkpoints
 from .scoring import Scorer, kernel_of, resumed_kernel
+
+T = TypeVar("T")
 
 
 class RecordedTrainer(Trainer):
@@ -63,6 +73,10 @@ class RecordedTrainer(Trainer):
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
         self.add_callback(StepEnd(self.save_step_rollouts))
+        self.data_fingerprint: dict[str, Any] = {}  # of the training data, known when training starts
+        self.preemption = Preemption(self)
+        self.add_callback(self.preemption)
+        save_whole_checkpoints(self, lambda: {"settings": self.settings, "data": self.data_fingerprint})
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
         self._check_precision()
@@ -109,42 +123,104 @@ class RecordedTrainer(Trainer):
         if self.network_updates is not None:
             self.add_callback(self.network_updates)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the run, as `resolved_config.yaml` has them."""
+        return {**self.run_description, **settings_of(self.args)}
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, writing the run's artifacts; `resume_from_checkpoint=True` continues the newest whole checkpoint.
+        """Train, writing the run's artifacts.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; True or `last` for the newest whole one; `auto` for that or, where
+                there is none, a new start.
+            **kwargs: As in transformers.
 
         Raises:
-            ValueError: The output folder holds another run, there is nothing to resume, or the run to be resumed had
-                another feature network or kernel, or memory ran out.
+            ValueError: The output folder cannot be written to or holds another run, there is nothing to resume, the
+                checkpoint is damaged, or it was written with other data, settings, feature network or kernel; or
+                memory ran out.
             FloatingPointError: Loss or gradient is not finite; the weights are those before the step.
+            OSError: The disk is full, or a stream's file is gone.
+            Stopped: SIGTERM or SIGUSR1 came, and a checkpoint is written; a SystemExit with status 143.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: output_dir='{self.output_dir}' holds no whole checkpoint.")
+        self.preemption.watch()
+        try:
+            self.on_first_process(self.run_folder.acquire)
+            return self._train(self.on_first_process(lambda: self._find(resume_from_checkpoint)), kwargs)
+        except Stopped:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise
+        finally:
+            self.preemption.unwatch()
+            self.run_folder.release()
+
+    def on_first_process(self, find: Callable[[], T]) -> T:
+        """What `find` returns on the first process, or its ValueError, on all of them."""
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = find()
+            except ValueError as error:
+                if self.accelerator.num_processes == 1:
+                    raise
+                outcome[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def _find(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, found whole; None for a new run."""
+        found = last_complete_checkpoint(self.output_dir) if wanted in (True, "last", "auto") else wanted
+        if wanted in (True, "last") and not found:
+            raise ValueError(f"resume_from_checkpoint: output_dir='{self.output_dir}' holds no whole checkpoint.")
+        if found:
+            check_whole(Path(str(found)))
+            return str(found)
         # An evaluation of this very model before its training belongs to the run.
-        continues = bool(resume_from_checkpoint) or (self.run_folder.written and self.state.global_step == 0)
-        check_output_dir(self.output_dir, resuming=continues)
+        own = self.run_folder.written and self.state.global_step == 0
+        if wanted == "auto" and not own:
+            forget_start(self.output_dir)
+        check_output_dir(self.output_dir, resuming=own)
+        return None
+
+    def _train(self, checkpoint: str | None, kwargs: dict[str, Any]):
+        if not (self.output_dir / LOCK).exists():
+            raise ValueError(
+                f"output_dir='{self.output_dir}' is not the same folder on all machines: name one on a file system "
+                "that they share."
+            )
         step = None
-        if resume_from_checkpoint:
-            step = self._check_records(resume_from_checkpoint)
-            check_resume(self.output_dir, resume_from_checkpoint)
+        if checkpoint:
+            step = self._check_records(checkpoint)
+            check_resume(self.output_dir, checkpoint)
+            self.on_first_process(lambda: check_settings(Path(checkpoint), self.settings, self.args.world_size))
             if step >= self.planned_steps():
                 raise ValueError(
-                    f"resume_from_checkpoint='{resume_from_checkpoint}': the run is finished after {step} steps; "
+                    f"resume_from_checkpoint='{checkpoint}': the run is finished after {step} steps; "
                     "raise max_steps or num_train_epochs to go on."
                 )
+        self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()
-        self.run_folder.start({**self.run_description, **settings_of(self.args)}, step)
-        if resume_from_checkpoint:
+        self.run_folder.start(self.settings, step)
+        if checkpoint:
             self.args.eval_on_start = False  # the unbroken run does not evaluate here
             if self.network_updates is not None:
-                self.network_updates.load(resume_from_checkpoint)
+                self.network_updates.load(checkpoint)
         self.memory.check_dataset(self.train_dataset, self.anchors)
-        with self.memory.explained(), pickles.resuming(resume_from_checkpoint or None):
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self.memory.explained(), pickles.resuming(checkpoint):
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.args.should_save:
             self.create_model_card()
         return result
+
+    def _check_data(self, checkpoint: str | None) -> dict[str, Any]:
+        found = fingerprint(self.train_dataset)
+        if checkpoint:
+            check_data(Path(checkpoint), found)
+        return found
 
     def planned_steps(self) -> float:
         """Optimiser steps of the whole run; infinite where a stream does not say."""
@@ -179,6 +255,26 @@ class RecordedTrainer(Trainer):
                 f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
                 "resume with that one."
             )
+
+    def get_train_dataloader(self):
+        """As in transformers, with workers that outlive a SIGTERM until the run has stopped."""
+        loader = super().get_train_dataloader()
+        spare_workers(loader)
+        return loader
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device) -> tuple[list, Any]:
+        """As in transformers; where a stream's file is gone, with what became of the run.
+
+        Raises:
+            OSError: It is.
+        """
+        try:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        except OSError as error:
+            raise OSError(
+                f"train_dataset could not be read behind step {self.state.global_step} ({error}): bring it back as it "
+                f"was, {where_to_go_on(self.output_dir)}."
+            ) from error
 
     def begin_step(self, started: float) -> None:
         """A new optimiser step began at `started` (of `time.perf_counter`): forget the last one."""
@@ -284,7 +380,7 @@ class RecordedTrainer(Trainer):
                 feature_network=self.feature_network_record,
                 kernel=self.kernel_record,
                 history=self.state.log_history,
-                settings={**self.run_description, **settings_of(self.args)},
+                settings=self.settings,
                 adapter=hasattr(self.model, "peft_config"),
                 **for_the_hub,
             )

@@ -170,6 +170,7 @@ def check_refused(args: Any) -> None:
         "fp16_full_eval": "it would round the float32 weights: leave it off",
         "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
         "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
+        "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway, of a whole step: leave it off",
         "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
         "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
         "remove_unused_columns": "the collator chooses its columns itself: leave it off",

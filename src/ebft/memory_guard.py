@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from .artifacts import last_complete_checkpoint
+from .checkpoints import last_complete_checkpoint
 from .config import EBFTConfig
 from .features import FeatureNetwork
 from .footprint import what_fits

@@ -8,6 +8,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..artifacts import RunFolder, settings_of
 from ..callbacks import StepLine
 from ..config import EBFTConfig
+from ..preemption import Preemption
+from ..resuming import check_settings
+from ..saving import save_whole_checkpoints
 from .settings import LEARNING_RATES, read_by_ebft_alone
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -30,6 +33,8 @@ def recorded(
     settings = {name: value for name, value in settings.items() if value is not None and name not in unread}
     folder = RunFolder(str(args.output_dir), writes=trainer.is_world_process_zero())
     trainer.add_callback(RunRecord(folder, settings, names))
+    trainer.add_callback(Preemption(trainer))
+    save_whole_checkpoints(trainer, lambda: {"settings": settings})
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StepLine())
@@ -51,8 +56,15 @@ class RunRecord(TrainerCallback):
         self._tokens = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Write the settings; take back what was written after the checkpoint that is resumed."""
+        """Take the folder and write the settings; take back what was written after the checkpoint that is resumed."""
+        self.folder.acquire()
+        if state.global_step:
+            check_settings(self.folder.path / f"checkpoint-{state.global_step}", self.settings, args.world_size)
         self.folder.start(self.settings, state.global_step or None)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give the folder back."""
+        self.folder.release()
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock."""

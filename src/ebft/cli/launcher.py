@@ -1,10 +1,12 @@
 """Runs torchrun or `accelerate launch`, and gives their processes' exit status where these would give a traceback."""
 
 import logging
+import os
 import runpy
 import signal
 import sys
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -22,16 +24,27 @@ def main(module: str, *words: str) -> int:
     # It reports what is said below once more, and every signal that it sends.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     sys.argv = [module, *words]
+    # Left to torch, a SIGTERM would leave the processes 30 s to save, and SIGUSR1 would end the launcher alone.
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _pass_on)
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
-        if status not in (1, 2, 130):  # else the process itself has said why
+        status = status if status > 0 else 128 - status
+        if status not in (1, 2, 130, 143):  # else the process itself has said why
             print(str(error), file=sys.stderr)
-        return status if status > 0 else 128 - status
+        return status
     except SignalException as received:
         return 130 if received.sigval == signal.SIGINT else 128 + received.sigval
     return 0
+
+
+def _pass_on(number: int, frame: object) -> None:
+    """Give a signal to the processes that train, and go on waiting for them."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def merge(adapter: Path, output_dir: Path, dtype: str) -> None:
         raise ValueError(
             f"{adapter}: no adapter_model.safetensors: only safetensors are read, since a pickle can run code"
         )
-    config = PeftConfig.from_pretrained(adapter)
-    base, of_base = str(config.base_model_name_or_path), {"revision": config.revision}
+    config = PeftConfig.from_pretrained(str(adapter))
+    base, of_base = str(config.base_model_name_or_path), dict[str, Any](revision=config.revision)
     lm = read_weights(
         base, load_config(base, f"{adapter}: base_model_name_or_path", **of_base), torch.float32, of_base
     )

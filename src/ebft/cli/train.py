@@ -31,7 +31,7 @@ examples:
   ebft train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl
   ebft train --config recipe.yaml --learning_rate 2e-6
   ebft train --config recipe.yaml --use_peft --lora_r 16 --learning_rate 1e-5
-  ebft train --config recipe.yaml --resume_from_checkpoint last
+  ebft train --config recipe.yaml --resume_from_checkpoint last      # or auto: from the start if there is none
   ebft train --config recipe.yaml --num_processes 2
 
 often used, with their defaults:
@@ -71,16 +71,19 @@ def run(argv: list[str]) -> None:
     from ebft import pickles
     from ebft._compat import close_progress_bars
     from ebft.cli.arguments import argument_parser, parse
+    from ebft.preemption import Stopped
 
     if "--help-all" in argv:
         argument_parser().print_help()
         return
     environment = dict(os.environ)
     arguments = parse(argv)
-    checkpoint = find_checkpoint(arguments.training)
+    # EBFT's own trainer reads the checkpoint's files itself, when training starts.
+    checkpoint = find_checkpoint(arguments.training, contents=arguments.method.method != "ebft")
     if arguments.data.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
         _check_inputs(arguments)
         _launch(arguments, argv, environment)
+    trainer = None
     try:
         trainer = build_trainer(arguments)
         with pickles.resuming(checkpoint):  # TRL's trainers do not see to it by themselves
@@ -90,18 +93,26 @@ def run(argv: list[str]) -> None:
             print(f"Model, metrics and rollouts are in {arguments.training.output_dir}")
         if arguments.training.push_to_hub:
             trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
-        if trainer.accelerator.num_processes > 1:
-            # A process that leaves while another is still in the group takes that one down.
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
+        _leave_together(trainer)
+    except Stopped:
+        close_progress_bars()
+        _leave_together(trainer)
+        raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes the terminal's Ctrl-C on, as a second one
         close_progress_bars()  # else they are drawn once more, behind the last word
         raise KeyboardInterrupt(_how_to_continue(arguments.training)) from None
 
 
+def _leave_together(trainer: Trainer | None) -> None:
+    """A process that leaves while another is still in the group takes that one down."""
+    if trainer is not None and trainer.accelerator.num_processes > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+
+
 def _how_to_continue(training: EBFTConfig) -> str:
-    from ebft.artifacts import last_complete_checkpoint
+    from ebft.checkpoints import last_complete_checkpoint
 
     if last_complete_checkpoint(str(training.output_dir)) is None:
         return f"stopped before the first checkpoint (save_steps={training.save_steps})"
@@ -226,32 +237,50 @@ def load_datasets(data: DataArguments, evaluate: bool, seed: int):
     return train, load_documents(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config)
 
 
-def find_checkpoint(training: EBFTConfig) -> str | None:
-    """Find the checkpoint that `resume_from_checkpoint` means: a folder, or `last` (also `true`) for the newest.
+def find_checkpoint(training: EBFTConfig, contents: bool = True) -> str | None:
+    """Find the checkpoint that `resume_from_checkpoint` means, before anything is loaded.
+
+    A folder; `last` (also `true`) for the newest whole one; `auto` for that one or, if there is none, a new run.
 
     Args:
         training: The parsed settings.
+        contents: Compare its files with their checksums, and not their sizes alone.
 
     Returns:
         Its folder, or None for a new run.
 
     Raises:
-        ValueError: There is no such checkpoint, or a new run would mix with one in `output_dir`.
+        ValueError: There is no such checkpoint, or it is damaged; the output folder cannot be written to, another run
+            is at work there, or a new run would mix with one in it.
     """
-    from ebft.artifacts import check_output_dir, last_complete_checkpoint
+    from ebft.artifacts import LOCK, check_output_dir, forget_start
+    from ebft.checkpoints import check_whole, last_complete_checkpoint
+    from ebft.locks import lock
 
-    wanted, output_dir = training.resume_from_checkpoint, str(training.output_dir)
-    if wanted is None or str(wanted).lower() in ("false", "none"):
+    wanted, output_dir = str(training.resume_from_checkpoint).lower(), Path(str(training.output_dir))
+    check_output_dir(output_dir, resuming=True)
+    if "LOCAL_RANK" not in os.environ:  # else the process that started this one has looked
+        lock(output_dir, LOCK, "ebft train").release()
+    if wanted in ("none", "false"):
         check_output_dir(output_dir, resuming=False)
         return None
-    if str(wanted).lower() not in ("last", "true"):
-        if not Path(wanted).is_dir():
-            raise ValueError(f"resume_from_checkpoint: no folder {wanted}; give a checkpoint's folder or `last`")
-        return str(wanted)
     last = last_complete_checkpoint(output_dir)
-    if last is None:
-        raise ValueError(f"resume_from_checkpoint: {output_dir} holds no checkpoint; remove the option to start anew")
-    return last
+    if wanted == "auto" and last is None:
+        forget_start(output_dir)
+        return None
+    if wanted in ("last", "true", "auto"):
+        if last is None:
+            raise ValueError(
+                f"resume_from_checkpoint: {output_dir} holds no checkpoint; remove the option to start anew, or give "
+                "`auto`"
+            )
+        found = last
+    else:
+        found = str(training.resume_from_checkpoint)
+        if not Path(found).is_dir():
+            raise ValueError(f"resume_from_checkpoint: no folder {found}; give a checkpoint's folder or `last`")
+    check_whole(Path(found), contents)
+    return found
 
 
 def _check_inputs(arguments: Arguments) -> None:

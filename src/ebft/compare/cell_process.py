@@ -56,18 +56,7 @@ def train(cell: Cell) -> None:
 
     if cell.is_trained():
         return
-    resume = ["--resume_from_checkpoint", "last"] if cell.checkpoints() else []
-    if not resume:
-        forget(cell.folder)
-    train_command(["--config", str(cell.folder / TRAIN), *resume])
-
-
-def forget(folder: Path) -> None:
-    """Remove what a run left that did not come as far as its first checkpoint."""
-    for name in ("metrics.jsonl", "timing.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for path in (folder / "rollouts").glob("step_*.parquet"):
-        path.unlink()
+    train_command(["--config", str(cell.folder / TRAIN), "--resume_from_checkpoint", "auto"])
 
 
 def measure(cell: Cell, validation: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..artifacts import last_complete_checkpoint, whole_checkpoints
+from ..checkpoints import last_complete_checkpoint, whole_checkpoints
 from .config import CompareConfig, Options
 
 TRAIN, STATUS, LOG, LOCK = "train.yaml", "cell.json", "log.txt", "lock"

@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from scipy import stats
 
-from ..artifacts import step_of
+from ..checkpoints import step_of
 from ..evaluation.intervals import DocumentMean
 from .cells import Cell, documents_of_update, seconds_by_step
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import yaml
 from rich.console import Console
 
-from ..artifacts import step_of
+from ..checkpoints import step_of
 from ..evaluation.report import RESULTS
 from ..evaluation.run import Evaluation, evaluation_of
 from . import tables

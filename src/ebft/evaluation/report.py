@@ -9,12 +9,12 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..locks import is_locked, lock
 from .records import RECORDS, check_same
 from .settings import BY_POSITION
 from .summary import Row
@@ -66,34 +66,16 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: It cannot be made or written to, or another call has it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()  # a lock that cannot be written looks taken to filelock
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"output_dir='{folder}': another `ebft evaluate` is at work there: wait for it, or choose another folder."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"output_dir='{folder}' cannot be made or written to ({error.strerror}): name one where you may write."
-        ) from error
+    held = lock(folder, LOCK, "ebft evaluate")
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def is_at_work(folder: Path) -> bool:
     """Whether an evaluation has the folder at this moment."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
+    return is_locked(folder, LOCK)
 
 
 def _without_effect(config: dict[str, Any]) -> tuple[str, ...]:

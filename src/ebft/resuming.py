@@ -1,0 +1,129 @@
+"""What a resumed run may change, and what it may not: its settings and its data against those of the checkpoint."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .artifacts import SETTINGS
+from .checkpoints import read_manifest
+from .config import EBFTConfig
+
+# The weights do not depend on these: logging, evaluation, saving, loading, where things are. Of data and feature
+# network not the name counts, but the content, which is compared.
+FREE = (
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "trackio_space_id"),
+    *("trackio_bucket_id", "trackio_static_space_id", "skip_memory_metrics", "debug", "rollout_save_steps"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "eval_dataset_name"),
+    *("eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size", "batch_eval_metrics"),
+    *("prediction_loss_only", "include_for_metrics", "bf16_full_eval", "fp16_full_eval", "do_eval", "do_train"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
+    *("ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_split_size"),
+    *("feature_model_name_or_path", "feature_model_revision", "max_train_seconds", "save_seconds"),
+    *("early_stopping_patience", "early_stopping_threshold"),
+    *("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
+)
+# What follows is the same training, but no longer the unbroken run to the bit: its length (schedules stretch with it),
+# and what changes rounding alone.
+WARNED = (
+    *("max_steps", "num_train_epochs", "model_name_or_path", "model_revision", "model_init_kwargs"),
+    *("bf16", "tf32", "use_cpu", "dtype", "attn_implementation", "use_liger_kernel", "liger_kernel_config"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism", "use_cache"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+    *("activation_checkpointing_kwargs", "reuse_sampling_forward", "per_device_generation_batch_size", "use_vllm"),
+    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+)
+# They may change together: the documents of a step, which are their product, may not.
+DOCUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+DOCS = "docs/reliability.md lists what may change"
+
+
+def check_settings(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:
+    """Compare the settings of this run with those of the checkpoint.
+
+    Args:
+        checkpoint: What is resumed; without a manifest, the settings beside it count.
+        settings: As `resolved_config.yaml` has them.
+        processes: How many train.
+
+    Raises:
+        ValueError: One differs that may not; the message names it, both values and the remedy.
+    """
+    manifest = read_manifest(checkpoint)
+    before = manifest["settings"] if manifest else _settings_beside(checkpoint)
+    if before is None:
+        return
+    before_processes = manifest["processes"] if manifest else before.get("num_processes", processes)
+    changed = _changed(before | {"num_processes": before_processes}, settings | {"num_processes": processes})
+    allowed = {*FREE, *WARNED}
+    if _documents(before, before_processes) == _documents(settings, processes):
+        allowed |= {*DOCUMENTS}
+    refused = {name: values for name, values in changed.items() if name not in allowed}
+    if refused:
+        raise ValueError(
+            f"resume_from_checkpoint='{checkpoint}' was written with other settings ({_text(refused)}): set them "
+            f"back, or start a new run from its weights with model_name_or_path: {checkpoint}; {DOCS}."
+        )
+    told = {name: values for name, values in changed.items() if name not in FREE}
+    if told:
+        warnings.warn(
+            f"resuming with other settings ({_text(told)}): no longer the unbroken run, to the bit", stacklevel=3
+        )
+
+
+def _settings_beside(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint.parent / SETTINGS
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, with both values; one that is not there has its default."""
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(EBFTConfig) if not _is_factory(spec)}
+    pairs = {name: tuple(x.get(name, defaults.get(name)) for x in (before, now)) for name in {**before, **now}}
+    return {name: (old, new) for name, (old, new) in sorted(pairs.items()) if old != new}
+
+
+def _is_factory(spec: Any) -> bool:
+    return spec.default_factory is not dataclasses.MISSING
+
+
+def _documents(settings: dict[str, Any], processes: int) -> int:
+    """Documents of one optimiser step, over all processes."""
+    sizes = (settings.get(name, getattr(EBFTConfig, name)) for name in DOCUMENTS[:2])
+    product = processes
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _text(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+
+
+def check_data(checkpoint: Path, data: dict[str, Any]) -> None:
+    """Compare the training data with those of the checkpoint.
+
+    Args:
+        checkpoint: What is resumed; one without a manifest says nothing of its data.
+        data: What `data.fingerprint` says of this run's.
+
+    Raises:
+        ValueError: They differ.
+    """
+    manifest = read_manifest(checkpoint)
+    before = manifest.get("data") if manifest else None
+    if before is None or before == data:
+        return
+    changed = {name: (before.get(name), data.get(name)) for name in before if before.get(name) != data.get(name)}
+    raise ValueError(
+        f"resume_from_checkpoint='{checkpoint}': train_dataset is not the one it was trained on ({_text(changed)}): "
+        f"bring that back, or start a new run from its weights with model_name_or_path: {checkpoint}."
+    )

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import step_oracle
 from ebft import FeatureNetwork
+from ebft.checkpoints import MANIFEST
 from ebft.feature_models import load_feature_network, weights_hash
 from ebft.models import load_policy
 from ebft.moving_average import FILE
@@ -92,6 +93,7 @@ def test_average_is_part_of_a_checkpoint(tmp_path):
         model = small_model(dtype=torch.float64, scale=4.0)
         with pytest.raises(ValueError, match="was trained with the feature network .*'ema': '0.7'"):
             train(model, ROWS, tmp_path / "x", settings=SAVING | other, resume=str(checkpoint))
+    (checkpoint / MANIFEST).unlink()  # which would miss the file first
     (checkpoint / FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {FILE}"):
         run_with_averages(tmp_path / "other", settings=SAVING, resume=str(checkpoint))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ebft import EBFTTrainer, FeatureNetwork, rewards
+from ebft.checkpoints import MANIFEST
 from ebft.feature_models import load_feature_network
 from ebft.learned_features import SIZE, SMOOTHING, Classifier, LearnedFeatures, classification
 from ebft.moving_average import FILE
@@ -176,6 +177,7 @@ def test_classifier_is_part_of_a_checkpoint(tmp_path):
 
     with pytest.raises(ValueError, match="was trained with the feature network"):
         train(small_model(dtype=torch.float64, scale=4.0), ROWS, tmp_path / "x", resume=str(checkpoint))
+    (checkpoint / MANIFEST).unlink()  # which would miss the file first
     (checkpoint / FILE).unlink()
     with pytest.raises(ValueError, match=f"has no {FILE}"):
         learning_run(tmp_path / "other", resume=str(checkpoint))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
+from ._compat import prepare_fsdp2
 from .artifacts import (
     RunFolder,
     check_output_dir,
@@ -20,13 +22,15 @@ from .artifacts import (
 )
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .config import EBFTConfig
-from .features import FeatureNetwork
+from .features import FeatureNetwork, layer_list
 from .forward import causal_lm
+from .layouts import batch_layout
 from .memory_guard import MemoryGuard
 from .metrics import means
 from .moving_average import MovingAverage
 from .recorder import StepRecorder
 from .scoring import Scorer, kernel_of, resumed_kernel
+from .sharding import agreed, precision, shard
 
 
 class RecordedTrainer(Trainer):
@@ -64,6 +68,8 @@ class RecordedTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
         self._check_precision()
+        if self.is_fsdp_enabled:
+            prepare_fsdp2(self.accelerator, precision(bool(self.args.bf16)))
 
     def _check_precision(self) -> None:
         ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
@@ -72,6 +78,40 @@ class RecordedTrainer(Trainer):
                 f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
                 "(ACCELERATE_MIXED_PRECISION): make them agree."
             )
+
+    def place_like_policy(self, model: nn.Module) -> nn.Module:
+        """A frozen model on this process's device, or its share of it, in the policy's precision.
+
+        So that the divergence of the policy from itself is 0.
+        """
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        self._shard(layer_list(causal_lm(model).base_model)[1], model)
+        return model
+
+    def place_feature_network(self, network: Any) -> None:
+        """A feature network that is not the policy's base on this process's device, or its share of it."""
+        if self.is_fsdp_enabled and isinstance(network, FeatureNetwork):
+            self._shard(layer_list(network.decoder)[1], network.decoder)
+        else:
+            network.model.to(self.args.device)
+
+    def _shard(self, layers: Iterable[nn.Module], root: nn.Module) -> None:
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        options = {"mp_policy": precision(bool(self.args.bf16)), "offload_policy": plugin.cpu_offload}
+        shard(layers, root, reshard_after_forward=True, **options)  # also the root: no backward will do it
+
+    def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> None:
+        """Give each micro-batch its `layout`; with one more block where other processes have one and weights are sharded.
+
+        Args:
+            batches: Equally many on each process.
+            step: As in `batch_layout`.
+        """
+        layouts = [batch_layout(batch, self.args, self.anchors, step) for batch in batches]
+        layouts = agreed(layouts, self.sum_over_ranks) if self.is_fsdp_enabled else layouts
+        for batch, layout in zip(batches, layouts, strict=True):
+            batch["layout"] = layout
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
@@ -252,7 +292,13 @@ class RecordedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with our model card beside the weights (peft leaves an empty one)."""
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        kind = plugin and plugin.state_dict_type
+        if plugin is not None and not _internal_call:
+            plugin.set_state_dict_type("FULL_STATE_DICT")  # else nothing would be saved but in checkpoints
         super().save_model(output_dir, _internal_call)
+        if plugin is not None:
+            plugin.state_dict_type = kind
         if self.average is not None and _internal_call and self.is_world_process_zero():
             self.average.save(output_dir or self.output_dir)
         self._write_card(Path(output_dir or self.output_dir))

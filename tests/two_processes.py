@@ -17,12 +17,19 @@ from training import documents, small_model, train
 LOPSIDED = documents([23, 17, 5, 3, 30, 26, 6, 4])
 MIXED = documents([23, 5, 17, 30, 6, 12, 3, 26])
 PROMPTED = documents([23, 17, 5, 4, 30, 26, 6, 7], prompts=[9, 5, 4, 3, 11, 25, 2, 6])
-# Of the completions, one process samples longer ones than the other: its eos is far away.
-COMPLETIONS = dict(rows=PROMPTED, rollout="completion", max_completion_length=20, stop_token_ids=list(range(1, 20)))
+# The first process could sample all of its micro-batches' rollouts at once, the second could not: too much padding.
+UNEVEN = documents([23, 23, 8, 8, 23, 23, 38, 38])
+# Of whole completions, the second process has none, and the first goes on for longer than nobody looks at.
+COMPLETIONS = dict(
+    rows=documents([23, 17, 5, 3, 30, 26, 6, 4], prompts=[9, 5, 5, 3, 11, 9, 6, 4]),
+    rollout="completion",
+    max_completion_length=20,
+    stop_token_ids=list(range(1, 20)),
+)
 CASES = {
     "full": dict(rows=LOPSIDED, evaluated=True),
     "no_cross_entropy": dict(rows=LOPSIDED, ce_coef=0.0, gradient_checkpointing=True),
-    "lora": dict(rows=LOPSIDED, adapted=True, beta=0.5),
+    "lora": dict(rows=LOPSIDED, adapted=True, beta=0.5, per_device_generation_batch_size=4),
     "answers": dict(rows=PROMPTED, completion_only_loss=True, loss_normalization="document"),
     "packed": dict(rows=documents([20] * 8), packing=True, rows_per_process=1),
     "stream": dict(rows=MIXED, stream=True),
@@ -31,9 +38,9 @@ CASES = {
     "ngram": dict(rows=LOPSIDED, kernel="ngram", evaluated=True),
 }
 SHARDED = {name: CASES[name] for name in ("full", "no_cross_entropy", "lora", "stream")} | {
-    "k3": dict(rows=MIXED, beta=0.5, kl_estimator="k3", per_device_generation_batch_size=4),
+    "k3": dict(rows=UNEVEN, beta=0.5, kl_estimator="k3", per_device_generation_batch_size=4),
     "completions": COMPLETIONS,
-    "completions_of_mamba": COMPLETIONS | dict(family="mamba"),
+    "completions_of_mamba": COMPLETIONS | dict(family="mamba", learning_rate=0.01),
 }
 # With checkpoints, half-way one to go on from elsewhere.
 LONG = dict(
@@ -52,7 +59,7 @@ ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
 
 def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None):
     """Two steps on all documents each, with plain SGD; the same documents whatever the number of processes."""
-    settings = dict(max_steps=2, gradient_accumulation_steps=2, ddp_timeout=60) | (CASES | SHARDED | LONG_RUNS)[name]
+    settings = dict(max_steps=2, gradient_accumulation_steps=2, ddp_timeout=120) | (CASES | SHARDED | LONG_RUNS)[name]
     rows = settings.pop("rows")
     rows_per_process = settings.pop("rows_per_process", 2)
     settings["per_device_train_batch_size"] = rows_per_process * 2 // processes

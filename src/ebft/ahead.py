@@ -26,8 +26,8 @@ class SamplingAhead:
         rows: How many to sample at a time, at least one micro-batch.
 
     Attributes:
-        in_step: 0, or rows of a whole micro-batch: those are then put together by their number alone, for all processes
-            to sample equally often.
+        in_step: 0, or rows of a whole micro-batch: then they are put together by their number alone, for all
+            processes to sample equally often.
     """
 
     def __init__(self, sample: Callable[[Batch], Rollouts], rows: int):

@@ -20,6 +20,7 @@ from .artifacts import (
     settings_of,
     write_model_card,
 )
+from .blocks import BlockLayout
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .config import EBFTConfig
 from .features import FeatureNetwork, layer_list
@@ -101,17 +102,21 @@ class RecordedTrainer(Trainer):
         options = {"mp_policy": precision(bool(self.args.bf16)), "offload_policy": plugin.cpu_offload}
         shard(layers, root, reshard_after_forward=True, **options)  # also the root: no backward will do it
 
-    def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> None:
-        """Give each micro-batch its `layout`; with one more block where other processes have one and weights are sharded.
+    def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> list[BlockLayout]:
+        """Give each micro-batch its `layout`, where weights are sharded one with a block if any process has one.
 
         Args:
             batches: Equally many on each process.
             step: As in `batch_layout`.
+
+        Returns:
+            The layouts.
         """
         layouts = [batch_layout(batch, self.args, self.anchors, step) for batch in batches]
         layouts = agreed(layouts, self.sum_over_ranks) if self.is_fsdp_enabled else layouts
         for batch, layout in zip(batches, layouts, strict=True):
             batch["layout"] = layout
+        return layouts
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""

@@ -82,8 +82,8 @@ def check_engine(args: Any) -> None:
     deepspeed = getattr(args, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
-            "DeepSpeed's zero_stage=3 fetches weights module by module, which the LM head in chunks does not allow: use "
-            "FSDP2, which shards as much (recipes/accelerate/fsdp2.yaml), or zero_stage: 2."
+            "DeepSpeed's zero_stage=3 fetches weights module by module, which the LM head in chunks does not allow: "
+            "use FSDP2, which shards as much (accelerate_config: fsdp2), or zero_stage: 2."
         )
     fsdp = _fsdp_settings(args)
     if fsdp is None:
@@ -106,6 +106,14 @@ def check_engine(args: Any) -> None:
         )
     if args.feature_network == "ema":
         raise ValueError("feature_network='ema' needs the policy's whole weights on every process: use pretrained.")
+
+
+def engine_of_run(args: Any) -> str:
+    """How the processes of a run share it, as in `footprint.Footprint`: `ddp`, `fsdp2`, `zero1`, `zero2`."""
+    deepspeed = getattr(args, "deepspeed_plugin", None)
+    if deepspeed is not None:
+        return f"zero{deepspeed.zero_stage}"
+    return "ddp" if _fsdp_settings(args) is None else "fsdp2"
 
 
 def _fsdp_settings(args: Any) -> dict[str, Any] | None:

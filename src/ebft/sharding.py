@@ -1,7 +1,8 @@
 """Weights spread over processes by FSDP2: how they are grouped, and what all processes then have to do alike.
 
-A forward through sharded layers gathers their weights from all processes, so every process has to run the same forwards
-in the same order, whatever its documents are. Weights outside the layers are there only within a call of the root.
+A forward through sharded layers gathers their weights from all processes, so every process has to run the same
+forwards in the same order, whatever its documents are. Weights outside the layers are there only within a call of the
+root.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,8 @@ def whole(tensor: Tensor) -> Tensor:
 def shard(layers: Iterable[nn.Module], root: nn.Module, **options: Any) -> None:
     """Spread a model over all processes: each decoder layer by itself, and all the rest with the root.
 
-    The rest, gathered while a call of the root lasts, holds embeddings and LM head: the head runs as often as there are
-    chunks of rows, which is not equally often on all processes.
+    The rest, gathered while a call of the root lasts, holds embeddings and LM head: the head runs as often as there
+    are chunks of rows, which is not equally often on all processes.
 
     Args:
         layers: Of the decoder.

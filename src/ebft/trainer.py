@@ -367,8 +367,7 @@ class EBFTTrainer(RecordedTrainer):
             `(loss, statistics [B, M] or (statistics, rollouts), labels)`.
         """
         inputs = self._prepare_inputs(inputs)
-        self.lay_out_blocks([inputs], step=None)
-        layout = inputs["layout"]
+        [layout] = self.lay_out_blocks([inputs], step=None)
         self.memory.at_work(inputs, evaluates=True)
         with torch.no_grad(), self.compute_loss_context_manager():
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))

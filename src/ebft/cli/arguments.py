@@ -129,7 +129,14 @@ class PlanArguments:
         default=None, metadata={"help": "Memory in GiB of the GPU to plan for, if it is not this machine's."}
     )
 
+    bandwidth: float | None = field(
+        default=None,
+        metadata={"help": "GB/s that each process can send while it receives as much, for the time of communication."},
+    )
+
     def __post_init__(self) -> None:
+        if self.bandwidth is not None and self.bandwidth <= 0:
+            raise ValueError(f"bandwidth: got {self.bandwidth}; give GB/s between processes, such as 50")
         if self.flops is not None and self.flops <= 0:
             raise ValueError(f"flops: got {self.flops}; give the matrix rate of one device in FLOP/s, such as 4e14")
         if self.flops is not None and self.calibrate:

@@ -5,7 +5,7 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 SHIPPED = ("ddp", "fsdp2", "zero2", "zero3")
-DDP, FSDP2 = "ddp", "fsdp2"
+DDP, RUN_EBFT = "ddp", ("ddp", "fsdp2", "zero1", "zero2")
 
 
 def config_path(name_or_path: str) -> Path:
@@ -40,6 +40,20 @@ def engine_of(name_or_path: str | None) -> str:
         return f"zero{config.get('deepspeed_config', {}).get('zero_stage', 2)}"
     if kind == "FSDP":
         return f"fsdp{config.get('fsdp_config', {}).get('fsdp_version', 1)}"
-    if kind in ("NO", "MULTI_CPU") or kind.startswith("MULTI_"):
+    if kind == "NO" or kind.startswith("MULTI_"):
         return DDP
-    raise ValueError(f"accelerate_config: {path} has distributed_type: {kind}; EBFT runs on MULTI_GPU, FSDP, DEEPSPEED")
+    raise ValueError(
+        f"accelerate_config: {path} has distributed_type: {kind}; EBFT runs on MULTI_GPU, FSDP, DEEPSPEED"
+    )
+
+
+def check_runs_ebft(name_or_path: str | None) -> str:
+    """The engine of a configuration, on which EBFT itself runs; TRL's trainers run on others as well.
+
+    Raises:
+        ValueError: It does not.
+    """
+    engine = engine_of(name_or_path)
+    if engine not in RUN_EBFT:
+        raise ValueError(f"accelerate_config: {name_or_path} is {engine}, on which EBFT does not run; use fsdp2")
+    return engine

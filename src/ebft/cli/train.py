@@ -69,7 +69,7 @@ def run(argv: list[str]) -> None:
     """
     from ebft._compat import close_progress_bars
     from ebft.cli.arguments import argument_parser, parse
-    from ebft.cli.engines import DDP, engine_of
+    from ebft.cli.engines import DDP, check_runs_ebft, engine_of
 
     if "--help-all" in argv:
         argument_parser().print_help()
@@ -79,6 +79,8 @@ def run(argv: list[str]) -> None:
     checkpoint = find_checkpoint(arguments.training)
     shared = arguments.data.num_processes > 1 or engine_of(arguments.data.accelerate_config) != DDP
     if shared and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
+        if arguments.method.method == "ebft":
+            check_runs_ebft(arguments.data.accelerate_config)
         _check_inputs(arguments)
         _launch(arguments, argv, environment)
     try:

@@ -60,11 +60,10 @@ def test_weights_gathered_for_a_forward_are_in_the_total():
     one, two = run.memory(ROW, 1), shared(run, "fsdp2", 10**9).memory(ROW, 1)
     assert two["gathered weights"] == 3 * run.weights.layer + run.weights.rest
     assert two["in update"] >= one["in update"] + two["gathered weights"]
-    half = shared(replace(run, bf16=True), "fsdp2", 10**9).memory(ROW, 1)
+    autocast = replace(run, bf16=True)
+    half = shared(autocast, "fsdp2", 10**9).memory(ROW, 1)
     assert half["gathered weights"] == two["gathered weights"] / 2
-    assert half["activations"] < replace(run, bf16=True).memory(ROW, 1)["activations"], (
-        "no casts, bfloat16 between layers"
-    )
+    assert half["activations"] < autocast.memory(ROW, 1)["activations"], "no casts, and bfloat16 between the layers"
 
 
 def test_bytes_sent_are_those_of_the_collectives():

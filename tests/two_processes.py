@@ -57,9 +57,10 @@ LONG_RUNS = {"long": dict(rows=MIXED, **LONG), "long_lora": dict(rows=MIXED, ada
 ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
 
 
-def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None):
+def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None, dtype=None, **more):
     """Two steps on all documents each, with plain SGD; the same documents whatever the number of processes."""
     settings = dict(max_steps=2, gradient_accumulation_steps=2, ddp_timeout=120) | (CASES | SHARDED | LONG_RUNS)[name]
+    settings |= more
     rows = settings.pop("rows")
     rows_per_process = settings.pop("rows_per_process", 2)
     settings["per_device_train_batch_size"] = rows_per_process * 2 // processes
@@ -72,7 +73,8 @@ def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, r
         keywords["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     if settings.pop("stream", False):
         rows = IterableDataset.from_generator(lambda: iter(MIXED))
-    model = small_model(settings.pop("family", "qwen2"), scale=8.0)
+    options = {} if dtype is None else {"dtype": dtype}
+    model = small_model(settings.pop("family", "qwen2"), scale=8.0, **options)
     return train(model, rows, folder, resume, settings=settings, trainer_class=trainer_class, **keywords)
 
 

@@ -1,4 +1,4 @@
-"""What runs of 7B and 70B need on 8 to 512 GPUs, computed, not measured: `python -m benchmarks.scaling` prints a table.
+"""What runs of 7B and 70B need on 8 to 512 GPUs, computed, not measured: `python -m benchmarks.scaling` prints it.
 
 Memory and bytes sent are those of `ebft plan`; computation goes at the rate that one GPU was measured to reach; links
 have the bandwidths given here. What is not in these is not in the table: latency, waiting for the slowest, input.

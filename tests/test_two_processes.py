@@ -1,8 +1,9 @@
-"""Two gloo processes do what one does: weights, metrics, rollouts; and they stop together."""
+"""Two gloo processes do what one does, by DDP and by FSDP2; they stop together; others go on with checkpoints."""
 
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,35 +14,68 @@ import two_processes
 from training import read_metrics, read_rollouts, relative_error
 
 SCRIPT = Path(two_processes.__file__)
+BOTH = [("ddp", case) for case in two_processes.CASES] + [("fsdp2", case) for case in two_processes.SHARDED]
+LONG = [(engine, case) for engine in two_processes.ENGINES for case in two_processes.LONG_RUNS]
+
+
+def launch(processes: int, *words) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [*launcher, str(SCRIPT), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    launch(2, folder)
     return folder
 
 
-@pytest.mark.parametrize("case", two_processes.CASES)
-def test_two_processes_equal_one(together, tmp_path, case):
-    alone = two_processes.run(case, tmp_path, processes=1)
-    weights = torch.load(together / f"{case}.pt")
-    assert len(weights) == len(alone.weights) == 3
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process's run of a case."""
+    return cache(lambda case: two_processes.run(case, tmp_path_factory.mktemp(case), processes=1))
+
+
+@pytest.mark.parametrize(("engine", "case"), BOTH)
+def test_two_processes_equal_one(together, alone, engine, case):
+    folder, one = together / engine / case, alone(case)
+    weights = torch.load(folder.with_name(f"{case}_0.pt"))
+    assert len(weights) == len(one.weights) == 3
     for step in (1, 2):
-        assert relative_error(alone.weights[0], weights[step], alone.weights[step]) < 1e-5
-        ours, theirs = read_rollouts(together / case, step), read_rollouts(tmp_path, step)
+        assert relative_error(one.weights[0], weights[step], one.weights[step]) < 1e-5
+        ours, theirs = read_rollouts(folder, step), read_rollouts(one.folder, step)
         assert ours and ours.keys() == theirs.keys()
         for group, rows in theirs.items():
             assert [row["token_ids"] for row in ours[group]] == [row["token_ids"] for row in rows]
             assert [row["advantage"] for row in ours[group]] == pytest.approx([row["advantage"] for row in rows])
-    assert len(read_metrics(together / case)) == len(alone.metrics)
-    for one, two in zip(alone.metrics, read_metrics(together / case), strict=True):
-        assert two == pytest.approx(one, rel=1e-5, abs=1e-7)
+    assert len(read_metrics(folder)) == len(one.metrics)
+    for mine, two in zip(one.metrics, read_metrics(folder), strict=True):
+        assert two == pytest.approx(mine, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(("engine", "case"), LONG)
+def test_ten_steps_leave_equal_weights_everywhere(together, alone, engine, case):
+    one, weights = alone(case), [torch.load(together / engine / f"{case}_{rank}.pt")[-1] for rank in (0, 1)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert relative_error(one.weights[0], weights[0], one.weights[-1]) < 1e-6
+    saved = "adapter_model" if "lora" in case else "model"
+    for name, weight in load_file(together / engine / case / f"{saved}.safetensors").items():
+        trained = name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
+        assert torch.equal(weight, weights[0][trained])
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_checkpoints_of_two_processes_go_on_in_others(together, processes):
+    launch(processes, together, "--resume")
+    for engine, case in LONG:
+        whole = torch.load(together / engine / f"{case}_0.pt")
+        resumed = torch.load(together / f"on_{processes}" / engine / f"{case}.pt")
+        assert len(resumed) == 6
+        assert relative_error(whole[0], resumed[0], whole[5]) < 1e-12, "weights of the checkpoint"
+        assert relative_error(whole[0], resumed[-1], whole[-1]) < 1e-6, "and of the optimiser's state"
 
 
 def test_both_stop_before_the_step_that_is_not_finite(together):

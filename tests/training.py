@@ -1,6 +1,5 @@
 """Short training runs on tiny models, and what they leave behind."""
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ebft import EBFTConfig, EBFTTrainer
+from ebft.sharding import whole
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
 
@@ -76,7 +76,7 @@ class Weights(TrainerCallback):
         self._keep(model)
 
     def _keep(self, model):
-        self.history.append(copy.deepcopy(model.state_dict()))
+        self.history.append({name: whole(weight).clone() for name, weight in model.state_dict().items()})
 
 
 def trainer(model, rows, folder, trainer_class=EBFTTrainer, settings=None, **keywords) -> EBFTTrainer:

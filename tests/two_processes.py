@@ -1,5 +1,6 @@
-"""Training runs for one or two processes; as a script, started by torch.distributed.run, it does them all."""
+"""Training runs for any number of processes; as a script, started by torch.distributed.run, it does them all."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,16 +10,26 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
 from ebft import EBFTTrainer
+from fsdp2_on_cpu import FSDP2Trainer
 from training import documents, small_model, train
 
 # In batches of two, and every second one to the second process: that one has no document with a block.
 LOPSIDED = documents([23, 17, 5, 3, 30, 26, 6, 4])
 MIXED = documents([23, 5, 17, 30, 6, 12, 3, 26])
 PROMPTED = documents([23, 17, 5, 4, 30, 26, 6, 7], prompts=[9, 5, 4, 3, 11, 25, 2, 6])
+# The first process could sample all of its micro-batches' rollouts at once, the second could not: too much padding.
+UNEVEN = documents([23, 23, 8, 8, 23, 23, 38, 38])
+# Of whole completions, the second process has none, and the first goes on for longer than nobody looks at.
+COMPLETIONS = dict(
+    rows=documents([23, 17, 5, 3, 30, 26, 6, 4], prompts=[9, 5, 5, 3, 11, 9, 6, 4]),
+    rollout="completion",
+    max_completion_length=20,
+    stop_token_ids=list(range(1, 20)),
+)
 CASES = {
     "full": dict(rows=LOPSIDED, evaluated=True),
     "no_cross_entropy": dict(rows=LOPSIDED, ce_coef=0.0, gradient_checkpointing=True),
-    "lora": dict(rows=LOPSIDED, adapted=True, beta=0.5),
+    "lora": dict(rows=LOPSIDED, adapted=True, beta=0.5, per_device_generation_batch_size=4),
     "answers": dict(rows=PROMPTED, completion_only_loss=True, loss_normalization="document"),
     "packed": dict(rows=documents([20] * 8), packing=True, rows_per_process=1),
     "stream": dict(rows=MIXED, stream=True),
@@ -27,11 +38,30 @@ CASES = {
     "learned": dict(rows=LOPSIDED, feature_network="learned", feature_classifier_learning_rate=0.05, evaluated=True),
     "ngram": dict(rows=LOPSIDED, kernel="ngram", evaluated=True),
 }
+SHARDED = {name: CASES[name] for name in ("full", "no_cross_entropy", "lora", "stream")} | {
+    "k3": dict(rows=UNEVEN, beta=0.5, kl_estimator="k3", per_device_generation_batch_size=4),
+    "completions": COMPLETIONS,
+    "completions_of_mamba": COMPLETIONS | dict(family="mamba", learning_rate=0.01),
+}
+# With checkpoints, half-way one to go on from elsewhere.
+LONG = dict(
+    max_steps=10,
+    gradient_accumulation_steps=1,
+    optim="adamw_torch",
+    learning_rate=1e-3,
+    max_grad_norm=1.0,
+    save_strategy="steps",
+    save_steps=5,
+    logging_steps=5,
+)
+LONG_RUNS = {"long": dict(rows=MIXED, **LONG), "long_lora": dict(rows=MIXED, adapted=True, **LONG)}
+ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
 
 
-def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer):
+def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None, dtype=None, **more):
     """Two steps on all documents each, with plain SGD; the same documents whatever the number of processes."""
-    settings = dict(max_steps=2, gradient_accumulation_steps=2) | CASES[name]
+    settings = dict(max_steps=2, gradient_accumulation_steps=2, ddp_timeout=120) | (CASES | SHARDED | LONG_RUNS)[name]
+    settings |= more
     rows = settings.pop("rows")
     rows_per_process = settings.pop("rows_per_process", 2)
     settings["per_device_train_batch_size"] = rows_per_process * 2 // processes
@@ -44,8 +74,9 @@ def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer):
         keywords["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     if settings.pop("stream", False):
         rows = IterableDataset.from_generator(lambda: iter(MIXED))
-    model = small_model(scale=8.0)
-    return train(model, rows, folder, settings=settings, trainer_class=trainer_class, **keywords)
+    options = {} if dtype is None else {"dtype": dtype}
+    model = small_model(settings.pop("family", "qwen2"), scale=8.0, **options)
+    return train(model, rows, folder, resume, settings=settings, trainer_class=trainer_class, **keywords)
 
 
 class SecondRankPoisoned(EBFTTrainer):
@@ -60,17 +91,38 @@ class SecondRankPoisoned(EBFTTrainer):
 
 def main(folder: Path) -> None:
     """All cases into `folder`, whose files the test compares with those of one process."""
-    for name in CASES:
-        finished = run(name, folder / name, processes=2)
-        if finished.trainer.is_world_process_zero():
-            torch.save(finished.weights, folder / f"{name}.pt")
+    for engine, cases in {"ddp": CASES | LONG_RUNS, "fsdp2": SHARDED | LONG_RUNS}.items():
+        for name in cases:
+            finished = run(name, folder / engine / name, processes=2, trainer_class=ENGINES[engine])
+            if finished.trainer.is_world_process_zero() or name in LONG_RUNS:
+                torch.save(finished.weights, folder / engine / f"{name}_{dist.get_rank()}.pt")
+            if name in LONG_RUNS:
+                finished.trainer.save_model()
     try:
         run("packed", folder / "poisoned", processes=2, trainer_class=SecondRankPoisoned)
     except FloatingPointError as error:
         (folder / f"error_{dist.get_rank()}.txt").write_text(str(error))
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def resumed(folder: Path, processes: int) -> None:
+    """The long runs of two processes, copied and gone on with from their middle."""
+    for engine, trainer_class in ENGINES.items():
+        for name in LONG_RUNS:
+            copy = folder / f"on_{processes}" / engine / name
+            if dist.get_rank() == 0:
+                shutil.copytree(folder / engine / name, copy)
+            dist.barrier()
+            finished = run(name, copy, processes, trainer_class=trainer_class, resume=str(copy / "checkpoint-5"))
+            if dist.get_rank() == 0:
+                torch.save(finished.weights, copy.with_suffix(".pt"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    where = Path(sys.argv[1])
+    if "--resume" in sys.argv:
+        dist.init_process_group("gloo")  # which accelerate does not for one process
+        resumed(where, dist.get_world_size())
+    else:
+        main(where)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
@@ -62,6 +63,35 @@ def around_saving(trainer: Trainer, context: Callable[[Path], AbstractContextMan
             save(model, trial)
 
     inner._save_checkpoint = save_within
+
+
+def prepare_fsdp2(accelerator: Any, precision: MixedPrecisionPolicy) -> None:
+    """Have accelerate shard a model as `sharding.shard` does: layers, and a root with all the rest.
+
+    Newer versions make groups of their own of the embeddings and of norm and LM head, whose hooks take it for granted
+    that each of them is called once per forward. Gradients are added up over processes at each micro-batch: kept for
+    the last one they would be whole on each of them.
+
+    Args:
+        accelerator: With an FSDP2 plugin.
+        precision: Of the policy.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = precision
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    prepare, hidden = accelerator.prepare, ("get_input_embeddings", "get_output_embeddings")
+
+    def prepared(*objects: Any, **options: Any) -> Any:
+        models = [x for x in objects if isinstance(x, nn.Module)]
+        for model in models:
+            vars(model).update(dict.fromkeys(hidden, lambda: None))
+        try:
+            return prepare(*objects, **options)
+        finally:
+            for model in models:
+                for name in hidden:
+                    del vars(model)[name]
+
+    accelerator.prepare = prepared
 
 
 def close_progress_bars() -> None:

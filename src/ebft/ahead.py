@@ -24,10 +24,14 @@ class SamplingAhead:
     Args:
         sample: Rollouts of a batch, of which it reads `input_ids`, `document_ids` and `layout`.
         rows: How many to sample at a time, at least one micro-batch.
+
+    Attributes:
+        in_step: 0, or rows of a whole micro-batch: then they are put together by their number alone, for all
+            processes to sample equally often.
     """
 
     def __init__(self, sample: Callable[[Batch], Rollouts], rows: int):
-        self.sample, self.rows = sample, rows
+        self.sample, self.rows, self.in_step = sample, rows, 0
         self._waiting: deque[Batch] = deque()
         self._ready: dict[int, Rollouts] = {}  # by the identity of the layout, which a micro-batch keeps
 
@@ -61,6 +65,8 @@ class SamplingAhead:
         return group
 
     def _go_together(self, group: list[Batch]) -> bool:
+        if self.in_step:
+            return len(group) * self.in_step <= self.rows
         rows, blocks = [len(batch["input_ids"]) for batch in group], [batch["layout"].num_blocks for batch in group]
         needed = sum(n * k for n, k in zip(rows, blocks, strict=True))
         return sum(rows) <= self.rows and sum(rows) * max(blocks) <= MOST_PADDING * needed

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer
 
 from . import pickles
+from ._compat import prepare_fsdp2
 from .artifacts import (
     LOCK,
     RunFolder,
@@ -21,12 +22,14 @@ from .artifacts import (
     settings_of,
     where_to_go_on,
 )
+from .blocks import BlockLayout
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .checkpoints import check_whole, last_complete_checkpoint
 from .config import EBFTConfig
 from .data.fingerprint import fingerprint
 from .features import FeatureNetwork
 from .forward import causal_lm
+from .layouts import batch_layout
 from .learned_features import ClassifierSteps, LearnedFeatures
 from .memory_guard import MemoryGuard
 from .metrics import means
@@ -34,9 +37,10 @@ from .model_card import write_model_card
 from .moving_average import MovingAverage
 from .preemption import Preemption, Stopped, spare_workers
 from .recorder import StepRecorder
-from .resuming import check_data, check_settings
+from .resuming import check_data, check_feature_network, check_settings
 from .saving import save_whole_checkpoints
 from .scoring import Scorer, kernel_of, resumed_kernel
+from .sharding import agreed, precision
 
 T = TypeVar("T")
 
@@ -80,6 +84,8 @@ class RecordedTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
         self._check_precision()
+        if self.is_fsdp_enabled:
+            prepare_fsdp2(self.accelerator, precision(bool(self.args.bf16)))
 
     def _check_precision(self) -> None:
         ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
@@ -88,6 +94,22 @@ class RecordedTrainer(Trainer):
                 f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
                 "(ACCELERATE_MIXED_PRECISION): make them agree."
             )
+
+    def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> list[BlockLayout]:
+        """Give each micro-batch its `layout`, where weights are sharded one with a block if any process has one.
+
+        Args:
+            batches: Equally many on each process.
+            step: As in `batch_layout`.
+
+        Returns:
+            The layouts.
+        """
+        layouts = [batch_layout(batch, self.args, self.anchors, step) for batch in batches]
+        layouts = agreed(layouts, self.sum_over_ranks) if self.is_fsdp_enabled else layouts
+        for batch, layout in zip(batches, layouts, strict=True):
+            batch["layout"] = layout
+        return layouts
 
     def record_feature_network(self, record: dict[str, Any]) -> None:
         """Print which feature network the run uses, and store it in every checkpoint."""
@@ -236,25 +258,12 @@ class RecordedTrainer(Trainer):
 
     def _check_records(self, checkpoint: str) -> int:
         network, kernel, step = checkpoint_records(checkpoint)
-        self._check_feature_network(checkpoint, network)
+        check_feature_network(checkpoint, network, self.feature_network_record)
         if self.kernel_record is not None:
             kernel = resumed_kernel(kernel, self.kernel_record, self.args, checkpoint)
             if kernel != self.kernel_record:
                 self.use_kernel(kernel)
         return step
-
-    def _check_feature_network(self, checkpoint: str, record: dict[str, Any] | None) -> None:
-        ours = self.feature_network_record
-        if record is None or ours is None:
-            return
-        # A name may change (a folder that moved); what is computed may not.
-        other = [key for key in record if key not in ("name", "revision") and record[key] != ours.get(key)]
-        if other:
-            theirs, mine = ({key: str(r.get(key))[:16] for key in ("name", *other)} for r in (record, ours))
-            raise ValueError(
-                f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
-                "resume with that one."
-            )
 
     def get_train_dataloader(self):
         """As in transformers, with workers that outlive a SIGTERM until the run has stopped."""
@@ -358,7 +367,13 @@ class RecordedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with our model card beside the weights (peft leaves an empty one)."""
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        kind = plugin and plugin.state_dict_type
+        if plugin is not None and not _internal_call:
+            plugin.set_state_dict_type("FULL_STATE_DICT")  # else nothing would be saved but in checkpoints
         super().save_model(output_dir, _internal_call)
+        if plugin is not None:
+            plugin.state_dict_type = kind
         if self.network_updates is not None and _internal_call and self.is_world_process_zero():
             self.network_updates.save(output_dir or self.output_dir)
         self._write_card(Path(output_dir or self.output_dir))

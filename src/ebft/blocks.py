@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PADDING = -1  # the value of `doc_ids` where a row holds no token
 _REGULAR: Any = None  # stands for the tensors of the regular layout, which `__post_init__` makes
@@ -173,6 +174,13 @@ class BlockLayout:
             multiplicity=None if self.multiplicity is None else self.multiplicity.gather(-1, order),
             reference_lengths=None if lengths is None else lengths.gather(-1, order).where(valid, 1),
         )
+
+    def with_absent_block(self) -> "BlockLayout":
+        """The layout with one more block in each row, which is not valid: something to run a forward of."""
+        values = {"anchors": 1, "valid": 0, "prefix_starts": 0, "multiplicity": 1, "reference_lengths": 1}
+        tensors = {name: getattr(self, name) for name in values}
+        more = {name: pad(x, (0, 1), value=values[name]) for name, x in tensors.items() if x is not None}
+        return replace(self, **more)
 
     def order(self, keep: Tensor) -> Tensor:
         """Which of this layout's blocks `select(keep)` has where: LongTensor [B, K'], K' the most that a row keeps.

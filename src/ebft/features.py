@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ._compat import with_child
 from .attention import BlockPlan, block_attention
 from .blocks import BlockLayout
-from .forward import at_least_float32, causal_lm, decode, evaluation_mode, packs
+from .forward import Parts, at_least_float32, causal_lm, decode, evaluation_mode, packs
 
 POOLINGS = ("last_token", "mean_pooling", "concat", "token")
 POOLINGS_OF_COMPLETIONS = POOLINGS[:2]  # the others need every rollout to be of one length
@@ -162,12 +163,15 @@ class FeatureNetwork:
                 stack.enter_context(block_attention(lm))
             else:
                 pack = plan.plain_rows(len(ids)).pack
-            return tapped(
-                self.decoder,
-                self.layer_indices,
-                lambda: decode(self.decoder, ids, plan, position_ids).last_hidden_state,
-                pack,
-            )
+
+            def run() -> Tensor:
+                return decode(self.decoder, ids, plan, position_ids).last_hidden_state
+
+            def read(parts: Parts | None = None) -> list[Tensor]:
+                return tapped(self.decoder, self.layer_indices, run, pack)
+
+            # Weights of a sharded policy that are not in its layers are there within a call of its root alone.
+            return self.model(input_ids=ids, packed=read) if isinstance(self.model, FSDPModule) else read()
 
     def token_features(self, taps: list[Tensor]) -> Tensor:
         """Features of single tokens, before pooling: each layer's hidden states [..., d] -> [..., D]."""

@@ -29,6 +29,8 @@ PASSING_HIDDEN, PASSING_INNER = 4, 3
 # the residual stream before and after; that of the MLP's product (gate and up have gone by the time theirs come).
 BACKWARD_HIDDEN, BACKWARD_INNER = 3, 1
 SCORE_COPIES = 2  # of capped scores: after tanh and after softmax (`attention._attention`)
+# Layers of FSDP2 that are there whole at a time: gathered, copied out of what was received, and gathered ahead.
+LAYERS_AT_ONCE = 3
 LORA_SHARE = 0.5  # of the weights: where fewer are trained, an adapter would save little
 
 
@@ -42,6 +44,8 @@ class Weights:
         feature: Bytes of the feature network, if it does not share the policy's.
         reference: Bytes of the initial policy, if it does not share the policy's.
         head: Number of trained parameters of the LM head.
+        layer: Bytes of the policy's largest layer.
+        rest: Bytes of the policy outside its layers.
     """
 
     policy: float
@@ -49,6 +53,8 @@ class Weights:
     feature: float = 0
     reference: float = 0
     head: int = 0
+    layer: float = 0
+    rest: float = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class Footprint:
         bf16_base: The frozen weights are bfloat16, and so is all between the layers.
         checkpointing: Keep only the input of each layer, and compute the rest again.
         accumulates: Several micro-batches per update: gradients stay between them.
-        processes: With more than one, gradients are copied into buckets to be summed.
+        processes: That share the run.
+        engine: How: `ddp`, where gradients are copied into buckets to be summed; `zero1` and `zero2`, where the
+            optimiser's state and with `zero2` gradients are shared out; `fsdp2`, where all weights are as well.
         sampled: Rows that are sampled at a time, where that is more than a micro-batch.
         rows_per_chunk: Rows of logits that are computed at a time.
         keys_per_chunk: Own keys of the rollouts that are attended together with one copy of their prefix; None where
@@ -84,6 +92,7 @@ class Footprint:
     checkpointing: bool = False
     accumulates: bool = True
     processes: int = 1
+    engine: str = "ddp"
     sampled: int = 1
     rows_per_chunk: int = 2**10
     keys_per_chunk: int | None = None
@@ -96,20 +105,50 @@ class Footprint:
         return BFLOAT16 if self.bf16 else FLOAT32
 
     @property
+    def pure(self) -> bool:
+        """Whether weights are bfloat16 in a forward, and so is all between the layers; else autocast casts them."""
+        return self.bf16 and self.engine != "ddp"
+
+    @property
     def residual(self) -> int:
         """Bytes of a number between the layers."""
-        return BFLOAT16 if self.bf16_base else FLOAT32
+        return BFLOAT16 if self.bf16_base or self.pure else FLOAT32
 
     def lasting(self) -> dict[str, float]:
         """Bytes that are held whatever the micro-batch; gradients where they are all there."""
-        weights = self.weights
-        return {
-            "weights": weights.policy,
-            "AdamW state": ADAMW * weights.trained,
-            "feature network": weights.feature,
-            "reference model": weights.reference,
-            "gradients": FLOAT32 * weights.trained * (1 if self.processes == 1 else 2),
+        weights, trained, share = self.weights, FLOAT32 * self.weights.trained, 1 / self.processes
+        everything = share if self.engine == "fsdp2" else 1  # of what does not change
+        out = {
+            "weights": weights.policy * everything,
+            "AdamW state": ADAMW * weights.trained * (1 if self.engine == "ddp" else share),
+            "feature network": weights.feature * everything,
+            "reference model": weights.reference * everything,
+            "gradients": trained * (share if self.engine in ("zero2", "fsdp2") else 1 if self.processes == 1 else 2),
         }
+        if self.engine.startswith("zero"):  # DeepSpeed trains a bfloat16 copy of float32 masters
+            out["weights"] += trained * share - (trained / 2 if self.bf16 else 0)
+        return out
+
+    def _made(self) -> float:
+        """Bytes of weights that are made of the lasting ones for a forward."""
+        weights = self.weights
+        if self.engine == "fsdp2":
+            return (LAYERS_AT_ONCE * weights.layer + weights.rest) * self.gathered
+        return BFLOAT16 * weights.trained if self.bf16 and not self.pure else 0
+
+    @property
+    def gathered(self) -> float:
+        """Bytes that FSDP2 gathers for a byte of the policy's weights: trained ones are cast first."""
+        trained = FLOAT32 * self.weights.trained
+        return (self.compute / FLOAT32 * trained + self.weights.policy - trained) / self.weights.policy
+
+    def _unreduced(self) -> float:
+        """Bytes of gradients that FSDP2 has not added up yet: as they come, and in float32 to be sent."""
+        if self.engine != "fsdp2":
+            return 0
+        weights = self.weights
+        at_once = max(LAYERS_AT_ONCE * weights.layer, weights.rest) / weights.policy
+        return (self.compute + FLOAT32) * weights.trained * at_once
 
     def memory(self, row: Work, batch_size: int) -> dict[str, float]:
         """Bytes by item, then the most that each stage holds beyond the lasting ones, then the total.
@@ -121,16 +160,18 @@ class Footprint:
             batch_size: Rows.
         """
         lasting, tokens, policy = self.lasting(), self._tokens(row, batch_size), self.policy
-        copies = BFLOAT16 * self.weights.trained if self.bf16 else 0
+        copies = self._made()
         layer = self._kept_by_layer(row, batch_size)
         inputs = tokens.packed * self.residual * policy.hidden
         kept = policy.layers * (inputs if self.checkpointing else layer) + self._kept_by_norms(1) * tokens.packed
         logits = self._logits(row, batch_size)
-        parts = {"bf16 copies of weights": copies, "activations": kept, "logits chunk": logits}
-        backward = self._backward(row, batch_size, layer)
+        name = "gathered weights" if self.engine == "fsdp2" else "bf16 copies of weights"
+        parts = {name: copies, "activations": kept, "logits chunk": logits}
+        backward = self._backward(row, batch_size, layer) + self._unreduced()
         if self.checkpointing:
             parts["activations"] += layer
-            backward -= copies * (1 - 1 / policy.layers)  # made again, a layer at a time
+            # Autocast's are made again, a layer at a time.
+            backward -= 0 if self.engine == "fsdp2" else copies * (1 - 1 / policy.layers)
         stages = {}
         if row.blocks:
             parts |= {} if self._reuses(row) else {"KV cache": self._cache(self._sampled(row, batch_size).packed)}
@@ -229,7 +270,7 @@ class Footprint:
         its output as it comes and as it is projected; the MLP gate, its activation, up and their product.
         """
         network, compute, decoded = self.policy, self.compute, self.method.decoded(row.blocks)
-        casts = 5 if self.bf16 else 2
+        casts = 5 if self.bf16 and not self.pure else 2
         products = casts * network.hidden + 3 * network.queries + 4 * network.inner
         per_token = self._kept_by_norms(2) + compute * products
         # With one forward, each decoding step keeps its rollouts' keys so far: 1 + 2 + ... + (G - 1) tokens of each.

@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoints import last_complete_checkpoint
 from .config import EBFTConfig
+from .config_checks import engine_of_run
 from .features import FeatureNetwork
 from .footprint import what_fits
 from .forward import causal_lm
@@ -49,7 +50,8 @@ class MemoryGuard:
         self, args: EBFTConfig, policy: nn.Module, network: FeatureNetwork | None, reference: nn.Module | None
     ):
         self.args = args
-        self.footprint = run_footprint(args, policy, network, reference, processes=args.world_size)
+        shared = {"processes": args.world_size, "engine": engine_of_run(args)}
+        self.footprint = run_footprint(args, policy, network, reference, **shared)
         self.quantised = bool(getattr(causal_lm(policy), "is_quantized", False))
         self.row: Work | None = None
         self._begin()

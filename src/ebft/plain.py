@@ -70,7 +70,13 @@ def decode(decoder: nn.Module, input_ids: Tensor, rows: PlainRows) -> Any:
 
 
 def generate(
-    lm: Any, input_ids: Tensor, layout: BlockLayout, shape: Sequence[int], stop_token_ids: Sequence[int], pick: Pick
+    lm: Any,
+    input_ids: Tensor,
+    layout: BlockLayout,
+    shape: Sequence[int],
+    stop_token_ids: Sequence[int],
+    pick: Pick,
+    in_step: bool = False,
 ) -> None:
     """Let transformers generate behind every block's prefix; `pick` chooses the tokens and keeps them.
 
@@ -81,6 +87,7 @@ def generate(
         shape: Of the rollouts, [B, K, N, G].
         stop_token_ids: Ids behind which a row does not go on.
         pick: Given logits [B*K*N, V] and the step; rows that ended are still picked for.
+        in_step: Run as many forwards as the other processes do.
     """
     B, _, N, G = shape
     anchors, _, begins = layout.expand(B)
@@ -102,6 +109,7 @@ def generate(
             attention_mask=inside.long().flatten(0, 1).repeat_interleave(N, 0).to(input_ids.device),
             max_new_tokens=G,
             do_sample=False,
+            synced_gpus=in_step,
             logits_processor=LogitsProcessorList(processors),
         )
 

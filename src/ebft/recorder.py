@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .sharding import whole
+
 
 class StepRecorder:
     """Sums [scalars], rollout rows and inputs of the step at hand."""
@@ -48,4 +50,4 @@ class StepRecorder:
         """Loss of this rank's micro-batches and norm of the gradients, as scalars on the CPU."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        return torch.as_tensor(self.sums["loss"]).cpu(), norm.cpu()
+        return torch.as_tensor(self.sums["loss"]).cpu(), whole(norm).cpu()

@@ -127,3 +127,25 @@ def check_data(checkpoint: Path, data: dict[str, Any]) -> None:
         f"resume_from_checkpoint='{checkpoint}': train_dataset is not the one it was trained on ({_text(changed)}): "
         f"bring that back, or start a new run from its weights with model_name_or_path: {checkpoint}."
     )
+
+
+def check_feature_network(checkpoint: str, record: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
+    """Compare the feature network with that of the checkpoint: its name may change, what it computes may not.
+
+    Args:
+        checkpoint: What is resumed.
+        record: In the checkpoint; None in one without.
+        ours: Of this run; None without.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if record is None or ours is None:
+        return
+    other = [key for key in record if key not in ("name", "revision") and record[key] != ours.get(key)]
+    if other:
+        theirs, mine = ({key: str(r.get(key))[:16] for key in ("name", *other)} for r in (record, ours))
+        raise ValueError(
+            f"resume_from_checkpoint='{checkpoint}' was trained with the feature network {theirs}, not {mine}: "
+            "resume with that one."
+        )

@@ -16,6 +16,7 @@ from .blocks import BlockLayout
 from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install, packs
 from .lm_head import Support, restrict, rows_per_chunk
 from .logprobs import LogProbs, Rows
+from .sharding import is_sharded, on_any_process
 
 GROUP = 128  # neighbouring tokens that are searched together
 STEPS_UNSEEN = 8  # between two looks at whether any rollout is still going on: each is a wait for the device
@@ -197,8 +198,10 @@ def _decode(
     hidden = []
     plan = BlockPlan(layout, B, N, range(-1, 0), decoding=True, device=device)
     for step in range(1, G if K else 1):
-        if stop_token_ids and step % STEPS_UNSEEN == 0 and not _going_on([x[0] for x in drawn], valid, stop_token_ids):
-            break
+        if stop_token_ids and step % STEPS_UNSEEN == 0:
+            going_on = _going_on([x[0] for x in drawn], valid, stop_token_ids)
+            if not (on_any_process(going_on, device) if is_sharded(parts.lm) else going_on):
+                break
         plan = plan.next_step()
         at = (positions[:, P::G] + step - 1).repeat_interleave(N, dim=1)
         hidden.append(parts.hidden(drawn[-1][0].view(B, K * N), plan, at, cache))
@@ -226,7 +229,7 @@ def _generate(
         return drawn[-1][0]
 
     if layout.num_blocks:
-        plain.generate(lm, input_ids, layout, shape, stop_token_ids, pick)
+        plain.generate(lm, input_ids, layout, shape, stop_token_ids, pick, in_step=is_sharded(lm))
     else:
         drawn = [[input_ids.new_zeros(0, 1), *(torch.zeros(0, 1, device=input_ids.device),) * 2]]
     steps = (torch.stack([x.view(shape[:3]) for x in kind], dim=-1) for kind in zip(*drawn, strict=True))

@@ -113,6 +113,7 @@ def run_method(
     network: FeatureNetwork | None,
     reference: nn.Module | None,
     device: torch.device,
+    engine: str = "ddp",
 ) -> Method:
     """What of a run's settings decides the cost of a document; of a sentence encoder's nothing is known."""
     network = decoder_of(network)
@@ -126,7 +127,7 @@ def run_method(
         reference=reference is not None,
         feature_depth=0 if network is None else max(network.layer_indices) / layers,
         trained=trained_share(causal_lm(policy).base_model),
-        reuse=plain.reuses_sampling_forward_on(device) and linear and not (args.fsdp or args.deepspeed),
+        reuse=plain.reuses_sampling_forward_on(device) and linear and engine == "ddp",
         linear=linear,
     )
 
@@ -138,6 +139,7 @@ def run_footprint(
     reference: nn.Module | None,
     *,
     processes: int = 1,
+    engine: str = "ddp",
     frozen: float | None = None,
     device: torch.device | None = None,
 ) -> Footprint:
@@ -149,6 +151,7 @@ def run_footprint(
         network: The feature network, or None.
         reference: The initial policy, or None.
         processes: How many train together.
+        engine: How they share the run, as in `Footprint`.
         frozen: Bytes per frozen weight of the policy, where it is quantised; else None.
         device: Where it would run; by default the one of `args`.
     """
@@ -160,7 +163,7 @@ def run_footprint(
     packed = args.packing and args.document_masking
     return Footprint(
         weights=weights_held(policy, network, reference, frozen),
-        method=run_method(args, policy, network, reference, device),
+        method=run_method(args, policy, network, reference, device, engine),
         policy=network_shape(lm.base_model),
         feature=None if decoder is None else network_shape(decoder.decoder),
         taps=1 if decoder is None else len(set(decoder.layer_indices)),
@@ -169,6 +172,7 @@ def run_footprint(
         checkpointing=args.checkpoints_activations,
         accumulates=args.gradient_accumulation_steps > 1,
         processes=processes,
+        engine=engine,
         sampled=args.rows_sampled_on(device),
         rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
         keys_per_chunk=keys_per_chunk,
@@ -189,7 +193,7 @@ def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: n
     Returns:
         Bytes and counts for a `Footprint`.
     """
-    parameters = list(policy.parameters())
+    parameters, layers = list(policy.parameters()), layer_list(causal_lm(policy).base_model)[1]
     trained = [p for p in parameters if p.requires_grad]
     held = _bytes(trained) + sum(p.numel() * (frozen or p.element_size()) for p in parameters if not p.requires_grad)
     return Weights(
@@ -198,6 +202,8 @@ def weights_held(policy: nn.Module, network: FeatureNetwork | None, reference: n
         feature=0 if network is None or network.model is policy else _bytes(network.decoder.parameters()),
         reference=0 if reference is None or reference is policy else _bytes(reference.parameters()),
         head=_trained_head(causal_lm(policy)),
+        layer=max(_bytes(x.parameters()) for x in layers),
+        rest=_bytes(parameters) - sum(_bytes(x.parameters()) for x in layers),
     )
 
 

@@ -22,16 +22,18 @@ from .artifacts import check_output_dir
 from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
 from .config import EBFTConfig
+from .config_checks import check_engine
 from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, predictions_of, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .forward import causal_lm
 from .integrations.vllm import VLLMSampler
-from .layouts import batch_layout, documents_without_block, no_rollouts
+from .layouts import documents_without_block, no_rollouts
 from .liger import take_liger_kernels_like
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import COMPLETION_MEANS, EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
+from .placement import place_feature_network, place_like_policy
 from .prepare import prepare_datasets
 from .rewards import Gram, Rewards
 from .rollout import Rollouts, sample_and_sum, sample_rollouts
@@ -89,6 +91,7 @@ class EBFTTrainer(RecordedTrainer):
         if not isinstance(model, (str, nn.Module)):
             raise ValueError(f"model={model!r}: pass a name, a path, a PreTrainedModel or a PeftModel.")
         args.check_one_device()
+        check_engine(args)
         args.check_liger_runs()
         best_model.check_metric(args, eval_dataset, compute_metrics is not None)
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
@@ -136,21 +139,21 @@ class EBFTTrainer(RecordedTrainer):
         )
         loss_is_whole_steps(self)
         self.can_return_loss = True
+        self._ahead.in_step = args.per_device_train_batch_size if self.is_fsdp_enabled else 0
         self._place_frozen_networks()
         if scores:
             self._fix_kernel()
         self.vllm = VLLMSampler(self.model, self.accelerator, processing_class, args) if args.use_vllm else None
 
     def _place_frozen_networks(self) -> None:
-        network = self.feature_network
+        network, where = self.feature_network, (self.accelerator, self.is_fsdp_enabled)
         if self.reference_model is not None and self.reference_model is not self.model:
-            # Under the same autocast as the policy, so that its divergence from itself is 0.
-            self.reference_model = self.accelerator.prepare_model(self.reference_model, evaluation_mode=True)
+            self.reference_model = place_like_policy(self.reference_model, *where)
         if network is None:
             return
-        if network.model is not self.model:
-            network.model.to(self.args.device)
         self.record_feature_network(feature_models.describe_feature_network(network))
+        if network.model is not self.model:
+            place_feature_network(network, *where)
         self.update_feature_network()
 
     def _fix_kernel(self) -> None:
@@ -174,8 +177,8 @@ class EBFTTrainer(RecordedTrainer):
             return [], None
         self.begin_step(started)
         tokens = blocks = count = 0.0
+        self.lay_out_blocks(batches, self.state.global_step)
         for batch in batches:
-            batch["layout"] = batch_layout(batch, self.args, self.anchors, self.state.global_step)
             tokens += token_weights(batch, self.args).sum()
             blocks += block_weights(batch["layout"], self.args).sum()
             count += (batch["doc_ids"] >= 0).sum()
@@ -242,7 +245,7 @@ class EBFTTrainer(RecordedTrainer):
 
     def _reuses_sampling_forward(self) -> bool:
         wanted = self.args.reuses_sampling_forward_on(self.args.device)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # they gather weights a call at a time
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # FSDP gathers weights a call at a time
         return wanted and whole and self._is_linear() and type(self).sample is EBFTTrainer.sample
 
     def _log_prob_dtype(self) -> torch.dtype:
@@ -365,7 +368,7 @@ class EBFTTrainer(RecordedTrainer):
             `(loss, statistics [B, M] or (statistics, rollouts), labels)`.
         """
         inputs = self._prepare_inputs(inputs)
-        inputs["layout"] = layout = batch_layout(inputs, self.args, self.anchors, step=None)
+        [layout] = self.lay_out_blocks([inputs], step=None)
         self.memory.at_work(inputs, evaluates=True)
         with torch.no_grad(), self.compute_loss_context_manager():
             document, _ = document_and_block_log_probs(self.model, inputs["input_ids"], *no_rollouts(inputs))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from trl import ModelConfig
 
+from ebft.cli.engines import engine_of
 from ebft.cli.parser import ArgumentParser, read_flags
 from ebft.compare.config import METHODS
 from ebft.config import EBFTConfig
@@ -42,10 +43,18 @@ class DataArguments:
     num_processes: int = field(
         default=1, metadata={"help": "More than 1 runs the command again under `accelerate launch`."}
     )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "How they share the run: ddp (the default), fsdp2, zero2, zero3, or a file of `accelerate config`."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.num_processes < 1:
             raise ValueError(f"num_processes: got {self.num_processes}; give at least 1")
+        if self.accelerate_config is not None:
+            engine_of(self.accelerate_config)
         size = self.eval_split_size
         if size is not None and (size <= 0 or (size >= 1 and size != int(size))):
             raise ValueError(
@@ -137,7 +146,14 @@ class PlanArguments:
         default=None, metadata={"help": "Memory in GiB of the GPU to plan for, if it is not this machine's."}
     )
 
+    bandwidth: float | None = field(
+        default=None,
+        metadata={"help": "GB/s that each process can send while it receives as much, for the time of communication."},
+    )
+
     def __post_init__(self) -> None:
+        if self.bandwidth is not None and self.bandwidth <= 0:
+            raise ValueError(f"bandwidth: got {self.bandwidth}; give GB/s between processes, such as 50")
         if self.flops is not None and self.flops <= 0:
             raise ValueError(f"flops: got {self.flops}; give the matrix rate of one device in FLOP/s, such as 4e14")
         if self.flops is not None and self.calibrate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ examples:
   --json        print JSON instead of tables, with bytes in place of GiB
   --calibrate   times the engine on this machine, on a few layers with random weights (a minute or two), for the time
   --flops RATE  matrix rate of one device in FLOP/s, for the time: of matrix products alone
+  --bandwidth GB/S  between the processes, for the time of their communication (docs/scaling.md)
   --memory GIB  memory of the GPU to plan for; otherwise that of this machine's, or of a CPU what is available
                 (with --calibrate: of this machine's device, what may be used)
   ebft train --help-all lists all other options
@@ -83,11 +85,13 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     from trl import get_peft_config, get_quantization_config
 
     from ebft import feature_models, models, pretrained
+    from ebft.cli.engines import check_runs_ebft
     from ebft.cli.train import find_checkpoint, from_pretrained_options
 
     data, args, model = arguments[:3]
     name = str(model.model_name_or_path)
     find_checkpoint(args)
+    check_runs_ebft(data.accelerate_config)
     if data.num_processes == 1:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
@@ -105,10 +109,11 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
         reference = models.load_reference(policy, new_adapter=adapter is not None) if needed else None
     args.learning_rate = args.learning_rate or models.default_learning_rate(policy)
 
-    settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes, "anchors": anchors}
+    footprint = _footprint(arguments, policy, network, reference)
+    settings = {"model": name, "data": data.dataset_name or None, "processes": data.num_processes}
+    settings |= {"engine": footprint.engine, "anchors": anchors}
     settings |= {field: getattr(args, field) for field in SETTINGS}
     settings["lr_scheduler_type"] = SchedulerType(args.lr_scheduler_type).value
-    footprint = _footprint(arguments, policy, network, reference)
     reuses = footprint.method.reuses(footprint.checkpointing)
     settings["reuse_sampling_forward"] = reuses and bool(args.rl_coef)
     run = _Run(arguments, rows, documents, anchors, policy, network, footprint)
@@ -205,13 +210,14 @@ def _costs(run: _Run) -> dict[str, Any]:
         "memory": footprint.memory(documents.largest_row, batch),
         "fit": _fit(footprint, documents, args, limit) | {"memory taken from": source},
         "time": _time(run, operations, in_all, limit),
-    }
+    } | _communication(run)
 
 
 def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> Footprint:
     """What the run holds in memory, and how it goes about an update."""
     import torch
 
+    from ebft.cli.engines import engine_of
     from ebft.sizes import run_footprint
 
     data, args, model, _, plan = arguments
@@ -223,6 +229,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
         network,
         reference,
         processes=data.num_processes,
+        engine=engine_of(data.accelerate_config),
         frozen=0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None,
         device=torch.device("cuda") if elsewhere else args.device,
     )
@@ -291,6 +298,24 @@ def _time(run: _Run, operations: dict[str, float], updates: int | None, limit: f
         }
     total = section["seconds per update"]["total"]
     return section | {"seconds in all": None if updates is None else total * updates}
+
+
+def _communication(run: _Run) -> dict[str, Any]:
+    """What each of several processes sends in an update."""
+    from ebft.communication import bytes_per_update
+
+    args, footprint = run.arguments.training, run.footprint
+    if footprint.processes == 1:
+        return {}
+    accumulation, batch = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    sent = bytes_per_update(footprint, accumulation, math.ceil(accumulation / max(1, footprint.sampled // batch)))
+    section: dict[str, Any] = {"bytes sent per update": sent}
+    bandwidth = None if run.arguments.plan is None else run.arguments.plan.bandwidth
+    if bandwidth is None:
+        return {"communication": section | {"note": "of each process; for seconds give --bandwidth"}}
+    section["seconds per update"] = {name: size / (bandwidth * 1e9) for name, size in sent.items()}
+    note = f"assumed: {bandwidth:g} GB/s out of each process, no latency, nothing at the same time"
+    return {"communication": section | {"note": note}}
 
 
 def _calibrated(run: _Run, operations: dict[str, float], limit: float) -> dict[str, Any]:

@@ -32,7 +32,7 @@ examples:
   ebft train --config recipe.yaml --learning_rate 2e-6
   ebft train --config recipe.yaml --use_peft --lora_r 16 --learning_rate 1e-5
   ebft train --config recipe.yaml --resume_from_checkpoint last      # or auto: from the start if there is none
-  ebft train --config recipe.yaml --num_processes 2
+  ebft train --config recipe.yaml --num_processes 8 --accelerate_config fsdp2
 
 often used, with their defaults:
   --output_dir DIR                   where everything of this run goes
@@ -48,6 +48,7 @@ often used, with their defaults:
   --eval_strategy no                 `steps` (with --eval_steps N) and `epoch` evaluate on the test split, or on
                                      --eval_dataset_name DATA or --eval_split_size 0.05; with these, default: epoch
   --num_processes 1                  more run under `accelerate launch`
+  --accelerate_config ddp            how they share the run: also fsdp2, zero2, or a file of `accelerate config`
   --method ebft                      sft and rlvr are what EBFT is compared with, on the same documents, by TRL's
                                      trainers; rlvr needs --reward unit_tests, bleu, or MODULE.FUNCTION
   --max_train_seconds S              end the training after S seconds of updates
@@ -71,6 +72,7 @@ def run(argv: list[str]) -> None:
     from ebft import pickles
     from ebft._compat import close_progress_bars
     from ebft.cli.arguments import argument_parser, parse
+    from ebft.cli.engines import DDP, check_runs_ebft, engine_of
     from ebft.preemption import Stopped
 
     if "--help-all" in argv:
@@ -80,7 +82,10 @@ def run(argv: list[str]) -> None:
     arguments = parse(argv)
     # EBFT's own trainer reads the checkpoint's files itself, when training starts.
     checkpoint = find_checkpoint(arguments.training, contents=arguments.method.method != "ebft")
-    if arguments.data.num_processes > 1 and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
+    shared = arguments.data.num_processes > 1 or engine_of(arguments.data.accelerate_config) != DDP
+    if shared and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
+        if arguments.method.method == "ebft":
+            check_runs_ebft(arguments.data.accelerate_config)
         _check_inputs(arguments)
         _launch(arguments, argv, environment)
     trainer = None
@@ -300,14 +305,23 @@ def _launch(arguments: Arguments, argv: list[str], environment: dict[str, str]) 
         arguments: The parsed options.
         argv: The words they were parsed from.
         environment: The variables before parsing, which sets some for one process.
+
+    Raises:
+        ValueError: On CPUs, anything but DDP is asked for.
     """
     import torch
 
-    count, use_cpu = str(arguments.data.num_processes), arguments.training.use_cpu
+    from ebft.cli.engines import DDP, config_path, engine_of
+
+    count, config = str(arguments.data.num_processes), arguments.data.accelerate_config
+    use_cpu = arguments.training.use_cpu
     # On CPUs `accelerate launch` starts several processes through MPI only; torchrun needs nothing but torch.
     if torch.accelerator.is_available() and not use_cpu:
-        launcher = ["accelerate.commands.launch", "--num_processes", count]
+        chosen = ["--config_file", str(config_path(config))] if config else []
+        launcher = ["accelerate.commands.launch", *chosen, "--num_processes", count]
     else:
+        if engine_of(config) != DDP:
+            raise ValueError(f"accelerate_config: got {config!r}; on CPUs accelerate gives DDP alone: leave it out")
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
         # Without a GPU, accelerate joins the processes only where it is told to use CPUs.
         argv = argv if use_cpu else [*argv, "--use_cpu", "true"]

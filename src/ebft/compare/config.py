@@ -12,7 +12,7 @@ METHODS = ("ebft", "sft", "rlvr")
 # What a comparison sets by itself: the same for all methods, or a cell's own.
 OURS = ("model_name_or_path", "dataset_name", "output_dir", "seed")
 OURS += ("max_steps", "num_train_epochs", "max_train_seconds", "save_steps", "save_seconds", "save_strategy")
-OURS += ("save_total_limit", "logging_steps", "resume_from_checkpoint", "num_processes")
+OURS += ("save_total_limit", "logging_steps", "resume_from_checkpoint", "num_processes", "accelerate_config")
 NOT_A_SPLIT = ("base", "validation", "test", "rollouts", "train")  # other folders and splits of a cell
 LOWER_IS_BETTER = ("cross_entropy", "perplexity", "feature_matching", "duplicate_rate", "self_bleu")
 

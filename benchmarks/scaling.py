@@ -55,7 +55,7 @@ class Need:
     """One row of the table: what each GPU holds, computes and sends.
 
     Attributes:
-        engine: `ddp` where it fits, else `fsdp2`.
+        engine: `ddp` where it fits, else `fsdp2`, with all weights gathered for sampling where that fits.
         documents: Of an update, on all GPUs.
         micro_batch: Documents at a time on a GPU; 0 if not one fits.
         held: Bytes.
@@ -113,8 +113,8 @@ def need(model: str, way: str, gpus: int, machine: Machine) -> Need:
     """What a run needs on so many GPUs: DDP where that fits, else FSDP2."""
     documents = max(DOCUMENTS, gpus)
     of_a_gpu = documents // gpus
-    for engine in ("ddp", "fsdp2"):
-        run = replace(run_of(model, way), processes=gpus, engine=engine, sampled=1)
+    for engine, gathers in (("ddp", False), ("fsdp2", True), ("fsdp2", False)):
+        run = replace(run_of(model, way), processes=gpus, engine=engine, gathers=gathers, sampled=1)
         fits = min(AT_A_TIME, of_a_gpu, largest_batch(run, WORK.work(), machine.memory))
         if fits:
             break
@@ -126,6 +126,7 @@ def need(model: str, way: str, gpus: int, machine: Machine) -> Need:
     sent = bytes_per_update(run, micro_batches, math.ceil(of_a_gpu / max(1, sampled)))["total"]
     link = machine.node if gpus <= GPUS_OF_A_NODE else machine.network
     compute = of_a_gpu * operations_of_a_document(run) / measured_rate(way)
+    engine += ", gathered" if gathers else ""
     return Need(engine, documents, micro_batch, held(run, max(1, micro_batch), sampled), compute, sent / link)
 
 

@@ -60,6 +60,9 @@ def test_weights_gathered_for_a_forward_are_in_the_total():
     one, two = run.memory(ROW, 1), shared(run, "fsdp2", 10**9).memory(ROW, 1)
     assert two["gathered weights"] == 3 * run.weights.layer + run.weights.rest
     assert two["in update"] >= one["in update"] + two["gathered weights"]
+    whole = replace(shared(run, "fsdp2", 10**9), gathers=True).memory(ROW, 1)
+    more = whole["in sampling"] - two["in sampling"]
+    assert more == pytest.approx(run.weights.policy - two["gathered weights"])
     autocast = replace(run, bf16=True)
     half = shared(autocast, "fsdp2", 10**9).memory(ROW, 1)
     assert half["gathered weights"] == two["gathered weights"] / 2
@@ -76,6 +79,8 @@ def test_bytes_sent_are_those_of_the_collectives():
     gathers = {"sampling": 2 * 8 * policy, "features": 3 * feature, "reference": 0, "update": 3 * 2 * policy}
     expected = {name: 0.75 * size for name, size in (gathers | {"gradients": 3 * trained}).items()}
     assert fsdp2 == pytest.approx(expected | {"total": sum(expected.values())})
+    once = bytes_per_update(replace(shared(run, "fsdp2", 4), gathers=True), 3, 2)
+    assert once["sampling"] == fsdp2["sampling"] / 8 and once["update"] == fsdp2["update"]
 
 
 def test_an_adapter_sends_its_base_but_not_its_gradients():

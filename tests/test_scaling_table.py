@@ -19,8 +19,8 @@ def test_document_has_the_tables_numbers(capsys):
 def test_a_row_is_the_plans_arithmetic():
     machine = scaling.Machine()
     row = scaling.need("Qwen2.5-7B", "full", 64, machine)
-    run = replace(scaling.run_of("Qwen2.5-7B", "full"), processes=64, engine="fsdp2", sampled=1)
-    assert (row.engine, row.documents, row.micro_batch) == ("fsdp2", 64, 1)
+    run = replace(scaling.run_of("Qwen2.5-7B", "full"), processes=64, engine="fsdp2", gathers=True, sampled=1)
+    assert (row.engine, row.documents, row.micro_batch) == ("fsdp2, gathered", 64, 1)
     assert row.held == run.memory(scaling.WORK.work(), 1)["total"] < machine.memory
     assert row.send == bytes_per_update(run, 1, 1)["total"] / machine.network
     assert row.hours == pytest.approx([x * 305 / 3600 for x in (row.send, row.send + row.compute)])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import two_processes
@@ -44,16 +45,18 @@ def test_two_processes_equal_one(together, alone, engine, case):
     folder, one = together / engine / case, alone(case)
     weights = torch.load(folder.with_name(f"{case}_0.pt"))
     assert len(weights) == len(one.weights) == 3
+    within = 1e-3 if "mamba" in case else 1e-5  # which runs in float32
     for step in (1, 2):
-        assert relative_error(one.weights[0], weights[step], one.weights[step]) < 1e-5
+        assert relative_error(one.weights[0], weights[step], one.weights[step]) < within
         ours, theirs = read_rollouts(folder, step), read_rollouts(one.folder, step)
         assert ours and ours.keys() == theirs.keys()
         for group, rows in theirs.items():
             assert [row["token_ids"] for row in ours[group]] == [row["token_ids"] for row in rows]
-            assert [row["advantage"] for row in ours[group]] == pytest.approx([row["advantage"] for row in rows])
+            expected = pytest.approx([row["advantage"] for row in rows], rel=within, abs=within / 100)
+            assert [row["advantage"] for row in ours[group]] == expected
     assert len(read_metrics(folder)) == len(one.metrics)
     for mine, two in zip(one.metrics, read_metrics(folder), strict=True):
-        assert two == pytest.approx(mine, rel=1e-5, abs=1e-7)
+        assert two == pytest.approx(mine, rel=within, abs=within / 100)
 
 
 @pytest.mark.parametrize(("engine", "case"), LONG)
@@ -67,9 +70,17 @@ def test_ten_steps_leave_equal_weights_everywhere(together, alone, engine, case)
         assert torch.equal(weight, weights[0][trained])
 
 
+@pytest.fixture
+def process_group():
+    """Of this process alone, for FSDP2."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("processes", [1, 4])
-def test_checkpoints_of_two_processes_go_on_in_others(together, processes):
-    launch(processes, together, "--resume")
+def test_checkpoints_of_two_processes_go_on_in_others(together, process_group, processes):
+    two_processes.resumed(together, 1) if processes == 1 else launch(processes, together, "--resume")
     for engine, case in LONG:
         whole = torch.load(together / engine / f"{case}_0.pt")
         resumed = torch.load(together / f"on_{processes}" / engine / f"{case}.pt")

@@ -39,9 +39,10 @@ CASES = {
     "ngram": dict(rows=LOPSIDED, kernel="ngram", evaluated=True),
 }
 SHARDED = {name: CASES[name] for name in ("full", "no_cross_entropy", "lora", "stream")} | {
+    "gathered": dict(rows=MIXED, gather_for_sampling=True, evaluated=True),
     "k3": dict(rows=UNEVEN, beta=0.5, kl_estimator="k3", per_device_generation_batch_size=4),
     "completions": COMPLETIONS,
-    "completions_of_mamba": COMPLETIONS | dict(family="mamba", learning_rate=0.01),
+    "completions_of_mamba": COMPLETIONS | dict(family="mamba"),
 }
 # With checkpoints, half-way one to go on from elsewhere.
 LONG = dict(
@@ -120,7 +121,7 @@ def resumed(folder: Path, processes: int) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     if "--resume" in sys.argv:
-        dist.init_process_group("gloo")  # which accelerate does not for one process
+        dist.init_process_group("gloo")
         resumed(where, dist.get_world_size())
     else:
         main(where)

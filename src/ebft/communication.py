@@ -10,8 +10,9 @@ from .footprint import BFLOAT16, FLOAT32, Footprint
 def bytes_per_update(run: Footprint, micro_batches: int, sampled: int) -> dict[str, float]:
     """Bytes that a process sends, and receives, in one update, and their total.
 
-    Under FSDP2 each forward gathers all weights, each backward once more, and each micro-batch sums its gradients into
-    shares; what lies outside the layers is gathered less often than counted here.
+    Under FSDP2 each forward gathers all weights (those of a rollout together if it `gathers`), each backward once
+    more, and each micro-batch sums its gradients into shares; what lies outside the layers is gathered less often
+    than counted here.
 
     Args:
         run: Of one process.
@@ -32,7 +33,7 @@ def bytes_per_update(run: Footprint, micro_batches: int, sampled: int) -> dict[s
         shared = once * run.method.feature_depth
         reference = weights.reference * run.compute / FLOAT32 or once
         parts = {
-            "sampling": sampled * run.method.completion_length * once,
+            "sampling": sampled * (1 if run.gathers else run.method.completion_length) * once,
             "features": micro_batches * (weights.feature or shared),
             "reference": micro_batches * reference * run.method.reference,
             "update": micro_batches * 2 * once,

@@ -125,6 +125,11 @@ class EBFTConfig(TrainingArguments):
         "samples is reused, or `sample` overridden.",
     )
 
+    gather_for_sampling: bool = _setting(
+        False,
+        "With FSDP2: gather all weights once for a rollout, not at each of its tokens. Needs memory for a whole copy.",
+    )
+
     use_vllm: bool = _setting(False, "Let vLLM sample the completions of rollout: completion.")
     vllm_mode: str = _setting("colocate", "vLLM in this process, or a server that is running.", ("colocate", "server"))
     vllm_server_base_url: str | None = _setting(None, "The server's URL. Default: http://0.0.0.0:8000.")

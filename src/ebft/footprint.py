@@ -74,6 +74,7 @@ class Footprint:
         processes: That share the run.
         engine: How: `ddp`, where gradients are copied into buckets to be summed; `zero1` and `zero2`, where the
             optimiser's state and with `zero2` gradients are shared out; `fsdp2`, where all weights are as well.
+        gathers: With `fsdp2`, rollouts are sampled with all weights gathered.
         sampled: Rows that are sampled at a time, where that is more than a micro-batch.
         rows_per_chunk: Rows of logits that are computed at a time.
         keys_per_chunk: Own keys of the rollouts that are attended together with one copy of their prefix; None where
@@ -93,6 +94,7 @@ class Footprint:
     accumulates: bool = True
     processes: int = 1
     engine: str = "ddp"
+    gathers: bool = False
     sampled: int = 1
     rows_per_chunk: int = 2**10
     keys_per_chunk: int | None = None
@@ -196,6 +198,7 @@ class Footprint:
         if reuses:
             stages, before = {"sampling": copies + kept + self._draw(tokens)}, copies + kept + hidden
         else:
+            copies = self.gathered * self.weights.policy if self.engine == "fsdp2" and self.gathers else copies
             stages, before = {"sampling": copies + self._sampling(self._sampled(row, batch_size))}, 0
         if self.feature is not None:
             scored = tokens.document + tokens.step * self.method.completion_length

@@ -16,7 +16,7 @@ from .blocks import BlockLayout
 from .forward import Head, Parts, at_least_float32, causal_lm, evaluation_mode, gathered_rows, install, packs
 from .lm_head import Support, restrict, rows_per_chunk
 from .logprobs import LogProbs, Rows
-from .sharding import is_sharded, on_any_process
+from .sharding import gathered, is_sharded, on_any_process
 
 GROUP = 128  # neighbouring tokens that are searched together
 STEPS_UNSEEN = 8  # between two looks at whether any rollout is still going on: each is a wait for the device
@@ -70,6 +70,7 @@ def sample_rollouts(
     uniforms: Tensor | None = None,
     statistics: bool = True,
     stop_token_ids: Sequence[int] = (),
+    gather: bool = False,
 ) -> Rollouts:
     """Sample N rollouts of every block, each as if from its own prefix alone.
 
@@ -86,6 +87,7 @@ def sample_rollouts(
             to depend on its document alone and not on its place in a batch.
         statistics: Whether log-probs and entropy are wanted; zeros if not.
         stop_token_ids: Ids behind which a rollout does not go on; without any it has G tokens.
+        gather: Whether a model sharded by FSDP2 gathers its weights once, not at each token.
 
     Returns:
         Rollouts; zeros where a block is not valid. With `stop_token_ids` they have `lengths`, and no more steps than
@@ -103,7 +105,7 @@ def sample_rollouts(
         return _decode(parts, input_ids, layout, uniforms, support, statistics, stop_token_ids)[0]
 
     install(model)
-    with evaluation_mode(causal_lm(model)):
+    with evaluation_mode(causal_lm(model)), gathered(model, gather):
         return model(input_ids=input_ids, packed=run)
 
 

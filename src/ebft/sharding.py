@@ -5,7 +5,8 @@ forwards in the same order, whatever its documents are. Weights outside the laye
 root.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def shard(layers: Iterable[nn.Module], root: nn.Module, **options: Any) -> None:
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(root, **options)
+
+
+@contextmanager
+def gathered(root: nn.Module, keep: bool) -> Iterator[None]:
+    """Within it, layers of a sharded model that were gathered for a forward stay so for the next, if `keep`."""
+    modules = root.modules() if keep else ()
+    layers = [module for module in modules if isinstance(module, FSDPModule) and module is not root]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
 
 
 def precision(bf16: bool) -> MixedPrecisionPolicy:

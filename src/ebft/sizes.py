@@ -173,6 +173,7 @@ def run_footprint(
         accumulates=args.gradient_accumulation_steps > 1,
         processes=processes,
         engine=engine,
+        gathers=args.gather_for_sampling,
         sampled=args.rows_sampled_on(device),
         rows_per_chunk=max(FEWEST_ROWS, logits_per_chunk(device) // config.vocab_size),
         keys_per_chunk=keys_per_chunk,

@@ -268,8 +268,8 @@ class EBFTTrainer(RecordedTrainer):
         if self.vllm is not None:
             self.vllm.synchronise(self.state.global_step)
             return self.vllm.sample(inputs["input_ids"], layout)
-        uniforms = self._uniforms(inputs, purpose)
-        options = {"uniforms": uniforms, **self.args.sampling, **self.args.ending}
+        options = {"uniforms": self._uniforms(inputs, purpose), "gather": self.args.gather_for_sampling}
+        options |= {**self.args.sampling, **self.args.ending}
         return sample_rollouts(model, inputs["input_ids"], layout, n, **options)
 
     def _uniforms(self, inputs: dict[str, Any], purpose: int = noise.SAMPLING) -> Tensor:

@@ -292,8 +292,8 @@ def test_resume_from_an_earlier_checkpoint_is_the_unbroken_run(copy_of_whole, wh
     assert aside == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_changed_settings_are_warned_of(copy_of_whole):
-    with pytest.warns(UserWarning, match=r"resuming with other settings than before: .*ce_coef 0.3 -> 0.2"):
+def test_changed_settings_are_refused(copy_of_whole):
+    with pytest.raises(ValueError, match=r"was written with other settings \(ce_coef 0.3 -> 0.2\)"):
         interrupted.run("full", copy_of_whole, resume=True, max_steps=7, eval_on_start=True, ce_coef=0.2)
 
 

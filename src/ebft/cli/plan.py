@@ -90,7 +90,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
     data, args, model = arguments[:3]
     name = str(model.model_name_or_path)
-    find_checkpoint(args)
+    find_checkpoint(args, writes=False)
     check_runs_ebft(data.accelerate_config)
     if data.num_processes == 1:
         args.check_one_device()

@@ -242,7 +242,7 @@ def load_datasets(data: DataArguments, evaluate: bool, seed: int):
     return train, load_documents(data.dataset_name, split=data.dataset_test_split, config=data.dataset_config)
 
 
-def find_checkpoint(training: EBFTConfig, contents: bool = True) -> str | None:
+def find_checkpoint(training: EBFTConfig, contents: bool = True, writes: bool = True) -> str | None:
     """Find the checkpoint that `resume_from_checkpoint` means, before anything is loaded.
 
     A folder; `last` (also `true`) for the newest whole one; `auto` for that one or, if there is none, a new run.
@@ -250,6 +250,7 @@ def find_checkpoint(training: EBFTConfig, contents: bool = True) -> str | None:
     Args:
         training: The parsed settings.
         contents: Compare its files with their checksums, and not their sizes alone.
+        writes: A run is about to begin; a plan leaves the output folder alone.
 
     Returns:
         Its folder, or None for a new run.
@@ -264,14 +265,15 @@ def find_checkpoint(training: EBFTConfig, contents: bool = True) -> str | None:
 
     wanted, output_dir = str(training.resume_from_checkpoint).lower(), Path(str(training.output_dir))
     check_output_dir(output_dir, resuming=True)
-    if "LOCAL_RANK" not in os.environ:  # else the process that started this one has looked
+    if writes and "LOCAL_RANK" not in os.environ:  # else the process that started this one has looked
         lock(output_dir, LOCK, "ebft train").release()
     if wanted in ("none", "false"):
         check_output_dir(output_dir, resuming=False)
         return None
     last = last_complete_checkpoint(output_dir)
     if wanted == "auto" and last is None:
-        forget_start(output_dir)
+        if writes:
+            forget_start(output_dir)
         return None
     if wanted in ("last", "true", "auto"):
         if last is None:

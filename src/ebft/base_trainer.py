@@ -26,6 +26,7 @@ from .blocks import BlockLayout
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .checkpoints import check_whole, last_complete_checkpoint
 from .config import EBFTConfig
+from .config_checks import check_precision
 from .data.fingerprint import fingerprint
 from .features import FeatureNetwork
 from .forward import causal_lm
@@ -83,17 +84,9 @@ class RecordedTrainer(Trainer):
         save_whole_checkpoints(self, lambda: {"settings": self.settings, "data": self.data_fingerprint})
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
-        self._check_precision()
+        check_precision(self.args, self.accelerator.mixed_precision)
         if self.is_fsdp_enabled:
             prepare_fsdp2(self.accelerator, precision(bool(self.args.bf16)))
-
-    def _check_precision(self) -> None:
-        ours, launched = "bf16" if self.args.bf16 else "no", self.accelerator.mixed_precision
-        if ours != launched:
-            raise ValueError(
-                f"bf16={self.args.bf16} but accelerate was launched with mixed_precision='{launched}' "
-                "(ACCELERATE_MIXED_PRECISION): make them agree."
-            )
 
     def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> list[BlockLayout]:
         """Give each micro-batch its `layout`, where weights are sharded one with a block if any process has one.

@@ -327,22 +327,6 @@ class EBFTConfig(TrainingArguments):
             )
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
-        n = self.num_generations
-        if n < 2 and self.diversity_coef:
-            raise ValueError(
-                f"num_generations={n} has no pairs for diversity_coef={self.diversity_coef}: "
-                "use num_generations >= 2 or diversity_coef: 0."
-            )
-        if n < 2 and self.advantage_estimator != "none":
-            raise ValueError(
-                f"num_generations={n} gives advantage_estimator='{self.advantage_estimator}' nothing to compare with: "
-                "use num_generations >= 2 or advantage_estimator: none."
-            )
-        if self.alignment == "dot" and self.whitening != "none":
-            raise ValueError(
-                f"alignment='dot' contradicts whitening='{self.whitening}', whose alignment is a cosine: "
-                "leave alignment unset or set whitening: none."
-            )
 
     def check_liger_runs(self) -> None:
         """Refuse Liger's kernels where they cannot run; a plan for another machine does not ask.

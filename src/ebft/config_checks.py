@@ -26,6 +26,48 @@ def check_parts(args: Any) -> None:
     check_vllm(args)
     check_feature_network(args)
     check_loggers(args)
+    check_groups(args)
+
+
+def check_groups(args: Any) -> None:
+    """Refuse rewards and baselines that a group of rollouts cannot give.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    n = args.num_generations
+    if n < 2 and args.diversity_coef:
+        raise ValueError(
+            f"num_generations={n} has no pairs for diversity_coef={args.diversity_coef}: "
+            "use num_generations >= 2 or diversity_coef: 0."
+        )
+    if n < 2 and args.advantage_estimator != "none":
+        raise ValueError(
+            f"num_generations={n} gives advantage_estimator='{args.advantage_estimator}' nothing to compare with: "
+            "use num_generations >= 2 or advantage_estimator: none."
+        )
+    if args.alignment == "dot" and args.whitening != "none":
+        raise ValueError(
+            f"alignment='dot' contradicts whitening='{args.whitening}', whose alignment is a cosine: "
+            "leave alignment unset or set whitening: none."
+        )
+
+
+def check_precision(args: Any, launched: str) -> None:
+    """Refuse a precision that accelerate was launched with and the settings do not ask for.
+
+    Args:
+        args: The settings.
+        launched: `mixed_precision` of the accelerator.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if ("bf16" if args.bf16 else "no") != launched:
+        raise ValueError(
+            f"bf16={args.bf16} but accelerate was launched with mixed_precision='{launched}' "
+            "(ACCELERATE_MIXED_PRECISION): make them agree."
+        )
 
 
 def _keep_token_apart(args: Any) -> None:

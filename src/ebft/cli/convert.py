@@ -1,8 +1,8 @@
 """`ebft convert`: settings of the authors' release or of Axolotl in, our YAML out."""
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
+
+from ebft.cli.words import WordParser
 
 HELP = """\
 usage: ebft convert authors FILE [--sweep N] [--output_file FILE.yaml]
@@ -21,11 +21,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; see `ebft convert --help`")
-
-
 def run(argv: list[str]) -> None:
     """Convert.
 
@@ -35,7 +30,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: The words or the file cannot be used.
     """
-    parser = _Parser("ebft convert", add_help=False, allow_abbrev=False)
+    parser = WordParser("convert")
     parser.add_argument("SOURCE", choices=["authors", "axolotl"])
     parser.add_argument("FILE", type=Path)
     parser.add_argument("--sweep", type=int)

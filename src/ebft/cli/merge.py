@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
+
+from ebft.cli.words import WordParser
 
 HELP = """\
 usage: ebft merge ADAPTER --output_dir DIR [--dtype bfloat16]
@@ -24,11 +25,6 @@ examples:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message}; `ebft merge --help` shows examples")
-
-
 def run(argv: list[str]) -> None:
     """Merge; see HELP.
 
@@ -38,7 +34,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: There is no adapter, it cannot be merged, or `output_dir` holds something.
     """
-    parser = _Parser(prog="ebft merge", add_help=False)
+    parser = WordParser("merge")
     parser.add_argument("adapter")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -1,7 +1,6 @@
 """`ebft report`: run folders in, one HTML file out."""
 
-import argparse
-from typing import NoReturn
+from ebft.cli.words import WordParser
 
 HELP = """\
 usage: ebft report RUN [RUN ...] [--output_file FILE] [--max_rollouts N]
@@ -24,11 +23,6 @@ Needs plotly: pip install 'ebft[report]'
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')}; see `ebft report --help`")
-
-
 def run(argv: list[str]) -> None:
     """Write a report and say where.
 
@@ -38,7 +32,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: An option or a folder cannot be used.
     """
-    parser = _Parser("ebft report", add_help=False, allow_abbrev=False)
+    parser = WordParser("report")
     parser.add_argument("RUN", nargs="+")
     parser.add_argument("--output_file")
     parser.add_argument("--max_rollouts", type=int)

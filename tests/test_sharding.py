@@ -16,7 +16,7 @@ from fsdp2_on_cpu import FSDP2Trainer
 from ragged import doc_ids_of
 from test_plan_memory import MODEL, SETTINGS, WIDE
 from tiny_models import tiny_model
-from training import documents, trainer
+from training import documents, small_model, train, trainer
 
 
 @pytest.fixture
@@ -76,3 +76,34 @@ def test_plan_is_what_a_sharded_run_holds(tmp_path, process_group):
     there_before = memory["weights"] + memory["feature network"]
     peak = peak_memory(ours.train, torch.device("cpu"))
     assert memory["total"] == pytest.approx(peak + there_before, rel=0.08), memory
+
+
+class Watched(FSDP2Trainer):
+    """Remembers the log-probs of its rollouts, and the types inside and outside of a layer."""
+
+    def compute_rewards(self, inputs, rollouts):
+        self.log_probs = rollouts.log_probs
+        return super().compute_rewards(inputs, rollouts)
+
+    def train(self, *args, **kwargs):
+        layer, self.inside = layer_list(self.model.base_model)[1][0], set()
+        layer.mlp.register_forward_hook(lambda module, args, output: self.inside.add(output.dtype))
+        return super().train(*args, **kwargs)
+
+
+def test_bfloat16_is_inside_and_float32_outside(tmp_path, process_group):
+    runs = {}
+    for bf16 in (False, True):
+        model, settings = small_model(dtype=torch.float32), dict(max_steps=2, learning_rate=1e-3, bf16=bf16)
+        rows = documents([23, 17, 30])
+        runs[bf16] = train(model, rows, tmp_path / str(bf16), settings=settings, trainer_class=Watched)
+    ours = runs[True].trainer
+    assert ours.inside == {torch.bfloat16}
+    assert {weight.dtype for weight in ours.model.state_dict().values()} == {torch.float32}
+    assert {state.dtype for state in ours.feature_network.model.state_dict().values()} == {torch.bfloat16}
+    assert ours.log_probs.dtype == torch.float32
+    assert not torch.equal(ours.log_probs, ours.log_probs.bfloat16().float())
+    exact, rounded = (runs[bf16].metrics[1]["ce_loss"] for bf16 in (False, True))
+    assert rounded != exact and rounded == pytest.approx(exact, rel=1e-2)
+    before, after = runs[True].weights[0], runs[True].weights[-1]
+    assert any((after[name] != after[name].bfloat16().float()).any() for name in before), "masters are not rounded"

@@ -149,7 +149,7 @@ class Footprint:
         if self.engine != "fsdp2":
             return 0
         weights = self.weights
-        at_once = max(LAYERS_AT_ONCE * weights.layer, weights.rest) / weights.policy
+        at_once = max(weights.layer, weights.rest) / weights.policy
         return (self.compute + FLOAT32) * weights.trained * at_once
 
     def memory(self, row: Work, batch_size: int) -> dict[str, float]:

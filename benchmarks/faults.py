@@ -1,7 +1,8 @@
 """Kills runs at random moments and resumes them: `python -m benchmarks.faults --kills 100`.
 
-Tiny runs of each kind (full, LoRA, streamed data, two processes) are ended by SIGKILL or SIGTERM, some while a
-checkpoint is being written or rotated, and go on with `resume_from_checkpoint="auto"`, as a scheduler's requeue would.
+Tiny runs of each kind ({full, LoRA} x {one process, DDP, FSDP2}, streamed and packed data) are ended by SIGKILL or
+SIGTERM, some while a checkpoint is being written or rotated, and go on with `resume_from_checkpoint="auto"`, as a
+scheduler's requeue would.
 What they leave is compared with an unbroken run: weights, optimiser, random state, metrics and rollouts, to the bit.
 The processes are forked from one that has imported everything already, so that a start costs a second.
 """
@@ -32,9 +33,10 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import TrainerCallback
 
-from benchmarks.tiny_runs import KINDS, PROCESSES, trainer
+from benchmarks.tiny_runs import KINDS, processes, trainer
 from ebft._compat import around_saving
 from ebft.checkpoints import check_whole, last_complete_checkpoint, step_of
 
@@ -150,7 +152,7 @@ class Start:
 
 def start(kind: str, folder: Path) -> Start:
     """Fork the processes of a run, which goes on from its last checkpoint if there is one."""
-    count, (read, write) = PROCESSES.get(kind, 1), os.pipe()
+    count, (read, write) = processes(kind), os.pipe()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -282,16 +284,24 @@ def differences(one: Path, other: Path) -> list[str]:
     """What two finished runs do not have in common, by name."""
     found = []
     ends = one / f"checkpoint-{STEPS}", other / f"checkpoint-{STEPS}"
-    tensors = sorted(path.name for path in ends[0].iterdir() if path.suffix in (".pt", ".pth"))
+    tensors = sorted(path.name for path in ends[0].iterdir() if path.suffix in (".pt", ".pth") or path.is_dir())
     for name in tensors:
-        states = [torch.load(end / name, weights_only=False) for end in ends]
-        found += [] if equal(*states) else [name]
+        found += [] if equal(*(loaded(end / name) for end in ends)) else [name]
     exact = [path.relative_to(one) for path in ends[0].glob("*.safetensors")]
     exact += [Path("metrics.jsonl"), *sorted(path.relative_to(one) for path in (one / "rollouts").glob("*.parquet"))]
     found += [str(name) for name in exact if (one / name).read_bytes() != (other / name).read_bytes()]
     if len(exact) < 3 or not tensors:
         raise RuntimeError(f"{one} is not a finished run")
     return found
+
+
+def loaded(path: Path) -> Any:
+    """What a file holds, or a folder of shards."""
+    if not path.is_dir():
+        return torch.load(path, weights_only=False)
+    whole = path.with_suffix(".whole")
+    dcp_to_torch_save(path, whole)
+    return torch.load(whole, weights_only=False)
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.fsdp2_on_cpu import FSDP2Trainer
 from ebft import EBFTConfig, EBFTTrainer
 
 VOCABULARY = sorted(ByteLevel.alphabet())
@@ -29,14 +30,9 @@ SETTINGS: dict[str, Any] = dict(
     report_to=[],
     disable_tqdm=True,
 )
-# How each kind differs: what is trained, how data come, how many processes share the work.
-KINDS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": dict(packing=True, max_blocks=None),
-    "stream": {},
-    "two": dict(per_device_train_batch_size=1),
-}
-PROCESSES = {"two": 2}
+# What is trained; by two processes, where a kind names an engine for several; how data come, where it names that.
+KINDS = ["full", "lora", "full-ddp", "lora-ddp", "full-fsdp2", "lora-fsdp2", "full-stream", "lora-packed"]
+ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -61,23 +57,32 @@ def documents(count: int, seed: int = 0) -> Dataset:
     )
 
 
+def processes(kind: str) -> int:
+    """That share the work of a kind of run."""
+    return 2 if kind.endswith(tuple(ENGINES)) else 1
+
+
 def trainer(kind: str, folder: Path, steps: int, callbacks: Sequence[Any] = (), **settings: Any) -> EBFTTrainer:
     """A trainer of one kind, ready for `train()`.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`; for this process, which may be one of several.
         folder: The run's.
         steps: Of the optimiser.
         callbacks: As in transformers.
         **settings: Of `EBFTConfig`, in place of ours.
     """
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if kind == "lora" else None
-    options: dict[str, Any] = SETTINGS | KINDS[kind] | settings
-    data: Any = documents(steps * 4 if kind == "stream" else 50)
-    return EBFTTrainer(
+    trained, _, how = kind.partition("-")
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"]) if trained == "lora" else None
+    options: dict[str, Any] = SETTINGS | settings
+    if how == "packed":
+        options |= dict(packing=True, max_blocks=None)
+    options["per_device_train_batch_size"] //= processes(kind)
+    data: Any = documents(steps * 4 if how == "stream" else 50)
+    return ENGINES.get(how, EBFTTrainer)(
         model(),
         EBFTConfig(output_dir=str(folder), max_steps=steps, **options),
-        train_dataset=data.to_iterable_dataset() if kind == "stream" else data,
+        train_dataset=data.to_iterable_dataset() if how == "stream" else data,
         eval_dataset=documents(4, seed=1) if settings.get("eval_strategy", "no") != "no" else None,
         processing_class=tokenizer(),
         peft_config=adapter,

@@ -12,6 +12,7 @@ from datasets import load_dataset
 from transformers import TrainerCallback
 
 import interrupted
+from benchmarks.tiny_runs import KINDS
 from ebft import EBFTTrainer
 from ebft.artifacts import LOCK
 from ebft.checkpoints import check_whole, last_complete_checkpoint
@@ -146,12 +147,12 @@ def test_a_streams_file_that_is_gone(tmp_path):
 
 def test_killed_runs_end_as_unbroken_ones(tmp_path):
     """The short version of the fault-injection run: real processes of every kind, killed and resumed."""
-    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "5", "--json", str(tmp_path / "kills.json")]
+    command = [sys.executable, "-m", "benchmarks.faults", "--kills", "8", "--json", str(tmp_path / "kills.json")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "kills.json").read_text())
-    assert len(found["kills"]) == 5
-    assert found["differences"].keys() == {"full", "lora", "stream", "two"}
+    assert len(found["kills"]) == 8
+    assert found["differences"].keys() == set(KINDS)
     assert all(runs and not any(runs.values()) for runs in found["differences"].values())

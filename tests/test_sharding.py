@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks.fsdp2_on_cpu import FSDP2Trainer
 from ebft import BlockLayout
 from ebft.features import layer_list
 from ebft.measuring import peak_memory
 from ebft.rollout import sample_blocks
 from ebft.sharding import agreed, gathered, shard, whole
 from ebft.sizes import run_footprint, survey
-from fsdp2_on_cpu import FSDP2Trainer
 from ragged import doc_ids_of
 from test_plan_memory import MODEL, SETTINGS, WIDE
 from tiny_models import tiny_model

@@ -21,7 +21,8 @@ LONG = [(engine, case) for engine in two_processes.ENGINES for case in two_proce
 
 def launch(processes: int, *words) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(sys.path)  # with `benchmarks`
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     command = [*launcher, str(SCRIPT), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

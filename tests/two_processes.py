@@ -9,8 +9,8 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
+from benchmarks.fsdp2_on_cpu import FSDP2Trainer
 from ebft import EBFTTrainer
-from fsdp2_on_cpu import FSDP2Trainer
 from training import documents, small_model, train
 
 # In batches of two, and every second one to the second process: that one has no document with a block.

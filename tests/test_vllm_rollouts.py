@@ -15,6 +15,7 @@ from test_completions import SETTINGS, rows
 from test_trainer_step import LORA, check_step, oracle_documents
 from training import config, read_rollouts, small_model, train
 
+EOS = range(20, 30)  # the engine's own idea of it, which is not ours
 PARAMETERS = ("temperature", "top_p", "top_k", "max_tokens", "n")
 
 
@@ -47,7 +48,8 @@ def engine(monkeypatch):
         @torch.no_grad()
         def _one(self, prompt, params):
             ids, scores = [], []
-            while len(ids) < params.max_tokens and (not ids or ids[-1] not in params.stop_token_ids):
+            ends = {*params.stop_token_ids, *([] if getattr(params, "ignore_eos", False) else EOS)}
+            while len(ids) < params.max_tokens and not ends & set(ids[-1:]):
                 logits = seen.model(torch.tensor([[*prompt, *ids]])).logits[0, -1] / params.temperature
                 ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=self.generator)))
                 score = SimpleNamespace(rank=1, logprob=float(logits.log_softmax(-1)[ids[-1]]))
@@ -98,6 +100,8 @@ def test_step(tmp_path, engine, adapted):
     assert first.stop_token_ids == SETTINGS["stop_token_ids"]
     for group in read_rollouts(tmp_path).values():
         assert all(row["log_prob"] < 0 for row in group)
+        for ids in (row["token_ids"] for row in group):
+            assert len(ids) == 11 or ids[-1] in SETTINGS["stop_token_ids"]
 
 
 def test_refused(tmp_path, monkeypatch):

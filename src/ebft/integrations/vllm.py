@@ -50,7 +50,8 @@ class VLLMSampler:
             top_p=args.top_p,
             top_k=args.top_k,
             max_completion_length=args.max_completion_length,
-            generation_kwargs={"stop_token_ids": list(args.stop_token_ids or ())},
+            # The ids alone end a completion: where they leave EOS out, vLLM would stop at it all the same.
+            generation_kwargs={"stop_token_ids": list(args.stop_token_ids or ()), "ignore_eos": True},
         )
 
     def synchronise(self, step: int) -> None:

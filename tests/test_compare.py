@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -303,11 +307,50 @@ def test_budgets_are_equal_for_all_methods():
 def test_a_training_by_the_clock_is_over_when_its_last_checkpoint_says_so(tmp_path):
     cell = Cell("sft", "", 0, {"max_train_seconds": 10.0, "max_steps": 10**9}, tmp_path)
     for spent, over in ((9.9, False), (10.1, True)):
-        folder = tmp_path / f"checkpoint-{int(spent * 10)}"
-        folder.mkdir()
-        clock = {TrainingClock.__name__: {"args": {}, "attributes": {"spent": spent}}}
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "stateful_callbacks": clock}))
+        write_checkpoint(tmp_path, int(spent * 10), spent)
         assert cell.is_trained() == over
+
+
+def write_checkpoint(folder: Path, step: int, spent: float = 0.0) -> None:
+    clock = {TrainingClock.__name__: {"args": {}, "attributes": {"spent": spent}}}
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": clock}))
+
+
+def test_a_checkpoint_of_a_run_that_was_told_to_stop_is_of_no_part(tmp_path):
+    cell = Cell("sft", "", 0, {"max_steps": 7, "save_steps": 3}, tmp_path)
+    for step in (2, 3, 5, 6):
+        write_checkpoint(tmp_path, step)
+    assert [path.name for path in cell.checkpoints()] == ["checkpoint-3", "checkpoint-6"] and not cell.is_trained()
+    write_checkpoint(tmp_path, 7)
+    assert [path.name[-1] for path in cell.checkpoints()] == ["3", "6", "7"] and cell.is_trained()
+
+
+def test_parts_of_a_training_by_the_clock_are_the_same_for_all_seeds(tmp_path):
+    options = {"max_train_seconds": 3.0, "save_seconds": 3.0 / 7, "max_steps": 10**9, "save_steps": 10**9}
+    cell = Cell("sft", "", 0, options, tmp_path)
+    for step, spent in enumerate((0.2, 0.5, 0.6, 0.9, 1.3, 2.2, 2.6, 3.05), 1):  # told to stop at .2 and .6
+        write_checkpoint(tmp_path, step, spent)
+    assert [path.name[-1] for path in cell.checkpoints()] == ["2", "4", "5", "6", "6", "7", "8"]
+
+
+def test_a_terminated_command_leaves_no_process_behind(tmp_path):
+    text = "import os, time; open('part', 'w').write(str(os.getpid())); os.replace('part', 'pid'); time.sleep(99)"
+    (tmp_path / "command.py").write_text(
+        "from pathlib import Path\n"
+        "from ebft.compare.workers import Workers\n"
+        f"class Sleeper: arguments, log = ['-c', {text!r}], Path('log.txt')\n"
+        "Workers([Sleeper()]).run(1)\n"
+    )
+    command = subprocess.Popen([sys.executable, "command.py"], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    command.terminate()
+    assert command.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():

@@ -250,7 +250,13 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
         ({"more_tests": {"../x": {"dataset_name": "test.jsonl"}}}, "more_tests.../x: make the name of letters"),
         ({"more_tests": {"far": None}}, "more_tests.far: None where lines `option: value` are expected"),
         ({"test": {"dataset_name": "tets.jsonl"}}, "test.dataset_name='tets.jsonl': there is no such file"),
-        ({"model_name_or_path": "./bse"}, "bse"),
+        ({"model_name_or_path": "./bse"}, "model_name_or_path='./bse': there is no such folder"),
+        ({"methods": {1: {"method": "sft"}}}, "methods.1: make the name of letters"),
+        ({"methods": {"sft": {"grid": {"learning_rate": ["1e-4", 1e-4]}}}}, "give a list of different values"),
+        ({"methods": {"sft": {"dataset_train_split": "x"}}}, "methods.sft.dataset_train_split: the comparison sets"),
+        ({"methods": {"sft": {"grid": {"eval_split_size": [2]}}}}, "methods.sft.eval_split_size: the comparison sets"),
+        ({"train": {"early_stopping_patience": 2}}, "train.early_stopping_patience: the comparison sets"),
+        ({"output_dir": "c.yaml"}, "output_dir='c.yaml' is a file"),
         ({"methods": {"sft": {"grid": None}}}, "methods.sft.grid: None where lines"),
         ({"methods": {"sft": {"grid": [1e-4]}}}, "methods.sft.grid: [0.0001] where lines"),
         ({"methods": {"sft": {"dataset_name": "x"}}}, "methods.sft.dataset_name: the comparison sets it"),
@@ -270,13 +276,15 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
         ),
         ({"select": "x.jsonl/greedy/pass@1"}, "it takes a code_benchmark of that name (there are none)"),
         ({"test": {"dataset_name": "test.jsonl", "metrics": ["bleu"]}}, "test: metrics=['bleu']"),
-        ({"select": "accuracy"}, "select='accuracy', select_length=None: not measured on the validation data"),
+        ({"select": "accuracy"}, "select='accuracy' is not measured on the validation data: it takes another name"),
+        ({"select": "distinct_2"}, "it takes dataset_name, with diversity among the metrics"),
+        ({"select": CE, "select_length": 3}, "select_length=3: not measured on the validation data, which has"),
     ],
 )
 def test_what_cannot_be_used_is_refused(compared, here, tmp_path, capsys, change, message):
     config = yaml.safe_load(Path("c.yaml").read_text())
     # What only the results can tell is asked of a comparison that is done.
-    config["output_dir"] = "out" if "select" in change else str(tmp_path / "new")
+    config["output_dir"] = "out" if "select_length" in change else str(tmp_path / "new")
     config = {key: value for key, value in {**config, **change}.items() if value is not None}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["compare", "--config", str(tmp_path / "c.yaml")]) == 2
@@ -369,6 +377,21 @@ def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():
     config.checkpoint, config.select = "best", "code/greedy/pass@1"
     found = [row | {"measure": config.select} for row in rows]
     assert choose(config, found) == {"sft": ("a", 2)}
+
+
+@pytest.mark.parametrize(
+    ("select", "lower"),
+    [
+        (CE, True),
+        ("feature_matching_loss", True),
+        ("wikitext/word_perplexity,none", True),
+        ("x.jsonl/greedy/pass@1", False),
+        ("arc_easy/acc,none", False),
+    ],
+)
+def test_direction_of_a_measure(select, lower):
+    common = {"model_name_or_path": "m", "dataset_name": "d", "validation": {"a": 1}, "test": {"b": 1}}
+    assert CompareConfig(**common, methods={"sft": {}}, documents=1, select=select).lower_is_better() == lower
 
 
 def test_intervals_and_sign_flips():

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -246,7 +250,13 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
         ({"more_tests": {"../x": {"dataset_name": "test.jsonl"}}}, "more_tests.../x: make the name of letters"),
         ({"more_tests": {"far": None}}, "more_tests.far: None where lines `option: value` are expected"),
         ({"test": {"dataset_name": "tets.jsonl"}}, "test.dataset_name='tets.jsonl': there is no such file"),
-        ({"model_name_or_path": "./bse"}, "bse"),
+        ({"model_name_or_path": "./bse"}, "model_name_or_path='./bse': there is no such folder"),
+        ({"methods": {1: {"method": "sft"}}}, "methods.1: make the name of letters"),
+        ({"methods": {"sft": {"grid": {"learning_rate": ["1e-4", 1e-4]}}}}, "give a list of different values"),
+        ({"methods": {"sft": {"dataset_train_split": "x"}}}, "methods.sft.dataset_train_split: the comparison sets"),
+        ({"methods": {"sft": {"grid": {"eval_split_size": [2]}}}}, "methods.sft.eval_split_size: the comparison sets"),
+        ({"train": {"early_stopping_patience": 2}}, "train.early_stopping_patience: the comparison sets"),
+        ({"output_dir": "c.yaml"}, "output_dir='c.yaml' is a file"),
         ({"methods": {"sft": {"grid": None}}}, "methods.sft.grid: None where lines"),
         ({"methods": {"sft": {"grid": [1e-4]}}}, "methods.sft.grid: [0.0001] where lines"),
         ({"methods": {"sft": {"dataset_name": "x"}}}, "methods.sft.dataset_name: the comparison sets it"),
@@ -266,13 +276,15 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
         ),
         ({"select": "x.jsonl/greedy/pass@1"}, "it takes a code_benchmark of that name (there are none)"),
         ({"test": {"dataset_name": "test.jsonl", "metrics": ["bleu"]}}, "test: metrics=['bleu']"),
-        ({"select": "accuracy"}, "select='accuracy', select_length=None: not measured on the validation data"),
+        ({"select": "accuracy"}, "select='accuracy' is not measured on the validation data: it takes another name"),
+        ({"select": "distinct_2"}, "it takes dataset_name, with diversity among the metrics"),
+        ({"select": CE, "select_length": 3}, "select_length=3: not measured on the validation data, which has"),
     ],
 )
 def test_what_cannot_be_used_is_refused(compared, here, tmp_path, capsys, change, message):
     config = yaml.safe_load(Path("c.yaml").read_text())
     # What only the results can tell is asked of a comparison that is done.
-    config["output_dir"] = "out" if "select" in change else str(tmp_path / "new")
+    config["output_dir"] = "out" if "select_length" in change else str(tmp_path / "new")
     config = {key: value for key, value in {**config, **change}.items() if value is not None}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["compare", "--config", str(tmp_path / "c.yaml")]) == 2
@@ -303,11 +315,50 @@ def test_budgets_are_equal_for_all_methods():
 def test_a_training_by_the_clock_is_over_when_its_last_checkpoint_says_so(tmp_path):
     cell = Cell("sft", "", 0, {"max_train_seconds": 10.0, "max_steps": 10**9}, tmp_path)
     for spent, over in ((9.9, False), (10.1, True)):
-        folder = tmp_path / f"checkpoint-{int(spent * 10)}"
-        folder.mkdir()
-        clock = {TrainingClock.__name__: {"args": {}, "attributes": {"spent": spent}}}
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "stateful_callbacks": clock}))
+        write_checkpoint(tmp_path, int(spent * 10), spent)
         assert cell.is_trained() == over
+
+
+def write_checkpoint(folder: Path, step: int, spent: float = 0.0) -> None:
+    clock = {TrainingClock.__name__: {"args": {}, "attributes": {"spent": spent}}}
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": clock}))
+
+
+def test_a_checkpoint_of_a_run_that_was_told_to_stop_is_of_no_part(tmp_path):
+    cell = Cell("sft", "", 0, {"max_steps": 7, "save_steps": 3}, tmp_path)
+    for step in (2, 3, 5, 6):
+        write_checkpoint(tmp_path, step)
+    assert [path.name for path in cell.checkpoints()] == ["checkpoint-3", "checkpoint-6"] and not cell.is_trained()
+    write_checkpoint(tmp_path, 7)
+    assert [path.name[-1] for path in cell.checkpoints()] == ["3", "6", "7"] and cell.is_trained()
+
+
+def test_parts_of_a_training_by_the_clock_are_the_same_for_all_seeds(tmp_path):
+    options = {"max_train_seconds": 3.0, "save_seconds": 3.0 / 7, "max_steps": 10**9, "save_steps": 10**9}
+    cell = Cell("sft", "", 0, options, tmp_path)
+    for step, spent in enumerate((0.2, 0.5, 0.6, 0.9, 1.3, 2.2, 2.6, 3.05), 1):  # told to stop at .2 and .6
+        write_checkpoint(tmp_path, step, spent)
+    assert [path.name[-1] for path in cell.checkpoints()] == ["2", "4", "5", "6", "6", "7", "8"]
+
+
+def test_a_terminated_command_leaves_no_process_behind(tmp_path):
+    text = "import os, time; open('part', 'w').write(str(os.getpid())); os.replace('part', 'pid'); time.sleep(99)"
+    (tmp_path / "command.py").write_text(
+        "from pathlib import Path\n"
+        "from ebft.compare.workers import Workers\n"
+        f"class Sleeper: arguments, log = ['-c', {text!r}], Path('log.txt')\n"
+        "Workers([Sleeper()]).run(1)\n"
+    )
+    command = subprocess.Popen([sys.executable, "command.py"], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    command.terminate()
+    assert command.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():
@@ -326,6 +377,21 @@ def test_the_best_mean_over_seeds_is_chosen_and_lost_seeds_do_not_win():
     config.checkpoint, config.select = "best", "code/greedy/pass@1"
     found = [row | {"measure": config.select} for row in rows]
     assert choose(config, found) == {"sft": ("a", 2)}
+
+
+@pytest.mark.parametrize(
+    ("select", "lower"),
+    [
+        (CE, True),
+        ("feature_matching_loss", True),
+        ("wikitext/word_perplexity,none", True),
+        ("x.jsonl/greedy/pass@1", False),
+        ("arc_easy/acc,none", False),
+    ],
+)
+def test_direction_of_a_measure(select, lower):
+    common = {"model_name_or_path": "m", "dataset_name": "d", "validation": {"a": 1}, "test": {"b": 1}}
+    assert CompareConfig(**common, methods={"sft": {}}, documents=1, select=select).lower_is_better() == lower
 
 
 def test_intervals_and_sign_flips():

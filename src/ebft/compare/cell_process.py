@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
+from ..checkpoints import whole_checkpoints
 from .cells import LOCK, STATUS, TRAIN, Cell
 
 BUSY = 75  # exit status where another process has the cell (EX_TEMPFAIL)
@@ -66,14 +67,14 @@ def measure(cell: Cell, validation: Path) -> None:
     from ..evaluation import EvaluationConfig, evaluate
 
     options = yaml.safe_load(validation.read_text(encoding="utf-8"))
-    models = [str(path) for path in cell.checkpoints()]
+    models = list(dict.fromkeys(map(str, cell.checkpoints())))  # one slow update may end two parts
     where = {"output_dir": str(cell.folder / "validation"), "plots": False}
     evaluate(EvaluationConfig(model_name_or_path=models, **where, **options), Console(width=120))
 
 
 def slim(cell: Cell) -> None:
     """Remove what only a resume needs."""
-    for path in cell.checkpoints():
+    for path in whole_checkpoints(cell.folder):
         for pattern in ONLY_FOR_RESUME:
             for file in path.glob(pattern):
                 file.unlink()

@@ -16,6 +16,7 @@ from .config import CompareConfig, Options
 TRAIN, STATUS, LOG, LOCK = "train.yaml", "cell.json", "log.txt", "lock"
 ENDLESS = 10**9  # steps, where the clock ends the training
 WARMUP = 5  # updates, where a share of all steps would be a share of ENDLESS
+ROUNDING = 1e-9  # of a budget divided by its parts
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,37 @@ class Cell:
         unfinished.replace(self.folder / STATUS)
 
     def checkpoints(self) -> list[Path]:
-        """Its whole checkpoints, the earliest first."""
-        return whole_checkpoints(self.folder)
+        """What is measured of it: for each part of its budget the first whole checkpoint behind it, in order.
+
+        A run that was told to stop left one more, at the step where it stood: that one is of no part.
+        """
+        spent = [(self._spent(path), path) for path in whole_checkpoints(self.folder)]
+        end, every = self._end(), float(self.options["save_steps" if self._counts_steps() else "save_seconds"])
+        parts = range(1, math.ceil(end / every - ROUNDING) + 1)
+        behind = [[path for used, path in spent if used >= min(part * every, end)] for part in parts]
+        return [paths[0] for paths in behind if paths]
 
     def is_trained(self) -> bool:
         """Whether the newest checkpoint is the end of the training."""
         last = last_complete_checkpoint(self.folder)
-        if last is None:
-            return False
-        state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
-        seconds = self.options.get("max_train_seconds")
-        if seconds is None:
-            return state["global_step"] >= self.options["max_steps"]
+        return last is not None and self._spent(Path(last)) >= self._end()
+
+    def _counts_steps(self) -> bool:
+        return self.options.get("max_train_seconds") is None
+
+    def _end(self) -> float:
+        """The budget, in steps or in seconds."""
+        return float(self.options["max_steps" if self._counts_steps() else "max_train_seconds"])
+
+    def _spent(self, checkpoint: Path) -> float:
+        """What a checkpoint has used of the budget."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if self._counts_steps():
+            return state["global_step"]
         from ..callbacks import TrainingClock
 
-        clock = state.get("stateful_callbacks", {}).get(TrainingClock.__name__)
-        return clock is not None and clock["attributes"]["spent"] >= seconds
+        clock = state.get("stateful_callbacks", {}).get(TrainingClock.__name__, {})
+        return clock.get("attributes", {}).get("spent", 0.0)
 
 
 def in_words(setting: Options) -> str:

@@ -13,8 +13,13 @@ METHODS = ("ebft", "sft", "rlvr")
 OURS = ("model_name_or_path", "dataset_name", "output_dir", "seed")
 OURS += ("max_steps", "num_train_epochs", "max_train_seconds", "save_steps", "save_seconds", "save_strategy")
 OURS += ("save_total_limit", "logging_steps", "resume_from_checkpoint", "num_processes", "accelerate_config")
+OURS += ("early_stopping_patience",)  # runs would end before their budget, and on data that no check knows of
+# Which documents and which model: the same for all methods, so given in `train` alone.
+FOR_ALL = ("dataset_config", "dataset_train_split", "eval_split_size", "model_revision")
 NOT_A_SPLIT = ("base", "validation", "test", "rollouts", "train")  # other folders and splits of a cell
 LOWER_IS_BETTER = ("cross_entropy", "perplexity", "feature_matching", "duplicate_rate", "self_bleu")
+# The same for metrics of lm-evaluation-harness, which stand behind the name of their task.
+LOWER_OF_TASKS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 
 Options = dict[str, Any]
 
@@ -25,8 +30,16 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _number_or_text(value: Any) -> float | str:
+    """What tells a value from others: YAML takes 1e-4 for text, 1.0e-4 for a number."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return str(value)
+
+
 def _is_plain(name: Any) -> bool:
-    return str(name).replace("_", "").replace("-", "").isalnum()
+    return isinstance(name, str) and name.replace("_", "").replace("-", "").isalnum()
 
 
 @dataclass
@@ -78,6 +91,8 @@ class CompareConfig:
             text = ", ".join(f"{name} {count}" for name, count in points.items())
             raise ValueError(f"methods: their grids have different numbers of settings ({text}): tune all alike.")
         self.output_dir = self.output_dir or str(Path("runs") / f"compare-{Path(self.dataset_name).stem}")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir={self.output_dir!r} is a file: name a folder.")
 
     def _check_options(self) -> None:
         trained = {"train": self.train, **{f"methods.{name}": options for name, options in self.methods.items()}}
@@ -87,7 +102,7 @@ class CompareConfig:
                 raise ValueError(f"{label}: {options!r} where lines `option: value` are expected.")
         for label, options in trained.items():
             names = {*options, *options.get("grid", {})}
-            taken = [name for name in OURS if name in names]
+            taken = [name for name in OURS + (() if label == "train" else FOR_ALL) if name in names]
             if taken:
                 raise ValueError(f"{label}.{taken[0]}: the comparison sets it for all methods alike; remove it.")
         for name in self.more_tests:
@@ -103,7 +118,7 @@ class CompareConfig:
             if method not in METHODS:
                 raise ValueError(f"methods.{name}.method={method!r}: use one of {', '.join(METHODS)}.")
             for option, values in self.methods[name].get("grid", {}).items():
-                if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
+                if not isinstance(values, list) or not values or len(set(map(_number_or_text, values))) < len(values):
                     raise ValueError(f"methods.{name}.grid.{option}={values!r}: give a list of different values.")
 
     def measured(self) -> dict[str, Options]:
@@ -122,4 +137,4 @@ class CompareConfig:
 
     def lower_is_better(self) -> bool:
         """Whether the smallest value of `select` is the best one."""
-        return self.select.startswith(LOWER_IS_BETTER)
+        return self.select.startswith(LOWER_IS_BETTER) or self.select.rpartition("/")[2].startswith(LOWER_OF_TASKS)

@@ -45,7 +45,9 @@ def _missing(select: str, options: Options) -> str:
         return _missing_samples(found[2], int(found[3]), options)
     if re.search("/(BLEU|chrF|COMET|sentence)", select):
         return "" if options.get("translation") else "translation"
-    if "/" in select and not options.get("tasks"):
+    if re.fullmatch(r"duplicate_rate|self_bleu|distinct_\d", select):
+        return "" if "diversity" in metrics else "dataset_name, with diversity among the metrics"
+    if "/" not in select or not options.get("tasks"):
         return "another name (`ebft evaluate` on the base model shows them)"
     return ""
 

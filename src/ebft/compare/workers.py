@@ -1,13 +1,15 @@
 """Runs jobs in processes of their own, several at a time; none outlives the command."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread, main_thread
 from typing import Protocol
 
 
@@ -43,11 +45,11 @@ class Workers:
         # The processes share the cores; transformers' own tokenizer threads would come on top.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-        with ThreadPoolExecutor(count) as pool:
+        with _raised(signal.SIGTERM), ThreadPoolExecutor(count) as pool:
             try:
                 for future in [pool.submit(self._work, environment) for _ in range(count)]:
                     future.result()
-            except BaseException:  # Ctrl-C among them: no process may outlive the command
+            except BaseException:  # Ctrl-C and SIGTERM among them: no process may outlive the command
                 self._stop()
                 raise
 
@@ -59,6 +61,8 @@ class Workers:
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
                 )
                 self._running.add(process)
+                if self._stopped:  # while this one was being started
+                    process.terminate()
                 code = process.wait()
                 self._running.discard(process)
             if self._stopped:
@@ -74,6 +78,23 @@ class Workers:
         self._stopped = True
         for process in list(self._running):
             process.terminate()
+
+
+@contextmanager
+def _raised(number: signal.Signals) -> Iterator[None]:
+    """Have a signal end this command by an exception, as Ctrl-C does; a handler of the user's own is left in place."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = current_thread() is main_thread() and signal.getsignal(number) is signal.SIG_DFL
+    if ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def last_line(log: Path) -> str:

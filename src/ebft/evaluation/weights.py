@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import has_file
 
+from ..data.loading import looks_like_path
 from ..pickles import SAFETENSORS, check_weights_are_no_pickle
 
 
@@ -21,6 +22,8 @@ def check_weights(name: str, field: str = "model_name_or_path") -> None:
     """
     folder = Path(name)
     if not folder.is_dir():
+        if looks_like_path(name):
+            raise ValueError(f"{field}={name!r}: there is no such folder.")
         if not any(has_file(name, file) for file in SAFETENSORS):  # offline: in the cache
             check_weights_are_no_pickle(name, field)
             raise ValueError(

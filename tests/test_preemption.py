@@ -104,6 +104,14 @@ def test_saves_what_a_resume_needs_whatever_the_strategy(tmp_path):
     assert (left.value.checkpoint / "optimizer.pt").exists()
 
 
+def test_a_checkpoint_of_the_model_alone_is_not_the_one_to_leave_behind(tmp_path):
+    """The signal comes while it is written: the run goes on for a step, and saves all."""
+    with pytest.raises(Stopped) as left:
+        interrupted.run("full", tmp_path, callbacks=[Signal("on_save", 2)], save_steps=2, save_only_model=True)
+    assert left.value.checkpoint.name == "checkpoint-3"
+    check_whole(left.value.checkpoint)
+
+
 def test_a_second_sigterm_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(preemption, "ONE_NOTICE", 0.2)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))

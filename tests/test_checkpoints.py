@@ -52,6 +52,10 @@ def test_what_is_not_whole_does_not_count(tmp_path):
         check_whole(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="checkpoint-6' is not a whole checkpoint: there is no such folder"):
         check_whole(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"is a run's folder: name .*checkpoint-2, its newest one\."):
+        check_whole(tmp_path)
+    for name in ("deleting-checkpoint-1", "deleting-replaced-checkpoint-1"):
+        (tmp_path / name).mkdir()
     tidy(tmp_path)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-best"]
 

@@ -36,7 +36,7 @@ def save_whole_checkpoints(trainer: Trainer, about: Callable[[], dict[str, Any]]
 class _Kept(TrainerCallback):
     """How many checkpoints to keep, unknown to transformers while a training lasts.
 
-    It would delete old ones by itself, and with `save_total_limit: 1` the newest at the end, where another is the best.
+    It would delete old ones by itself, and with `save_total_limit: 1` at the end the newest, where another is best.
     """
 
     limit: int | None = None

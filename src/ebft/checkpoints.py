@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
-REPLACED, DELETING = "replaced-", "deleting-"  # what a name begins with while its step is written anew, or deleted
+# What a name begins with while its step is written anew, while it is deleted, and once an earlier one was resumed.
+# With an underscore, as `checkpoint-*` itself, it is not pushed to the Hub.
+REPLACED, DELETING, SUPERSEDED = "_replaced-", "_deleting-", "_superseded-"
 PIECE = 1 << 22  # bytes read at a time
 
 

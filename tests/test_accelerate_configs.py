@@ -100,3 +100,12 @@ def test_a_file_of_ones_own(tmp_path, capsys):
     mine.write_text("distributed_type: MEGATRON_LM")
     assert main([*words, str(mine)]) == 2
     assert "has distributed_type: MEGATRON_LM" in capsys.readouterr().err
+    mine.write_text("a name alone")
+    assert main([*words, str(mine)]) == 2
+    assert "has distributed_type: None" in capsys.readouterr().err
+    mine.write_text("token: [hf_secret\n")
+    assert main([*words, str(mine)]) == 2
+    said = capsys.readouterr().err
+    assert "mine.yaml:2: not valid YAML" in said and "hf_secret" not in said
+    mine.write_text("distributed_type: FSDP\nfsdp_config:\n")
+    assert engine_of(str(mine)) == "fsdp1"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from sacrebleu.metrics.bleu import BLEU
+from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 from ebft.baselines.kept import advantage
@@ -258,3 +260,26 @@ def test_a_budget_goes_on_after_a_resume():
     budget._began -= 1.0
     budget.on_step_end(None, state, control)
     assert control.should_training_stop and budget.state()["attributes"]["spent"] > 100
+
+
+def decide(rank: int, folder: Path) -> None:
+    """What a clock of each of two processes decides, step by step; those of the second take twice as long."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    clock, control, decided = TrainingClock(10.0, every=5.0), TrainerControl(), []
+    for _ in range(6):
+        control.should_save = False
+        clock.on_step_begin(None, TrainerState(), control)
+        clock._began -= 2.0 * (1 + rank)
+        clock.on_step_end(None, TrainerState(), control)
+        decided.append((control.should_save, control.should_training_stop))
+    (folder / f"{rank}.json").write_text(json.dumps(decided))
+    dist.destroy_process_group()
+
+
+def test_all_processes_go_by_one_clock(tmp_path):
+    """Each by its own, one would save while the other goes on with the next step, and both would wait for ever."""
+    spawn(decide, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert [save for save, _ in first] == [False, False, True, False, True, True]
+    assert [end for _, end in first] == [False] * 4 + [True] * 2

@@ -89,9 +89,9 @@ class Plan(TrainerCallback):
         metrics[self.name] = self.values[state.global_step - 1]
 
 
-def stopping_run(folder, values, steps, patience=2, resume=None):
+def stopping_run(folder, values, steps, patience=2, resume=None, **more):
     plan = Plan(BEST["metric_for_best_model"], values)
-    settings = BEST | dict(max_steps=steps)
+    settings = BEST | dict(max_steps=steps) | more
     callbacks = [plan, EarlyStopping(patience)]
     evaluation = Dataset.from_list(HELD_OUT)
     return train(small_model(), ROWS, folder, resume, settings=settings, callbacks=callbacks, eval_dataset=evaluation)
@@ -106,6 +106,15 @@ def test_training_stops_and_the_best_weights_are_kept(tmp_path):
     best, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4))
     assert all(saved[name].equal(best[name]) for name in saved)
     assert any(not saved[name].equal(last[name]) for name in saved)
+
+
+def test_the_newest_checkpoint_is_kept_beside_the_best(tmp_path):
+    """Else a run that had stopped would go on from the best one, and do all that followed once more."""
+    run = stopping_run(tmp_path, [3.0, 1.0, 2.0, 1.5, 0.5], steps=5, save_total_limit=1)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert run.trainer.args.save_total_limit == 1
+    with pytest.raises(ValueError, match="the run stopped early"):
+        stopping_run(tmp_path, [3.0, 1.0, 2.0, 1.5, 0.5], steps=5, resume="auto", save_total_limit=1)
 
 
 def test_patience_goes_on_after_a_resume(tmp_path):

@@ -52,6 +52,10 @@ def test_what_is_not_whole_does_not_count(tmp_path):
         check_whole(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="checkpoint-6' is not a whole checkpoint: there is no such folder"):
         check_whole(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=r"is a run's folder: name .*checkpoint-2, its newest one\."):
+        check_whole(tmp_path)
+    for name in ("_deleting-checkpoint-1", "_deleting-_replaced-checkpoint-1"):
+        (tmp_path / name).mkdir()
     tidy(tmp_path)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-best"]
 
@@ -68,7 +72,7 @@ def test_the_same_step_saved_again_is_never_without_a_whole_checkpoint(tmp_path)
     write(tmp_path, 2)
     begin(tmp_path / "checkpoint-2")  # and killed here
     last = last_complete_checkpoint(tmp_path)
-    assert last == str(tmp_path / "replaced-checkpoint-2") and step_of(Path(last)) == 2
+    assert last == str(tmp_path / "_replaced-checkpoint-2") and step_of(Path(last)) == 2
     check_whole(Path(last))
     again = write(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-2"] and whole_checkpoints(tmp_path) == [again]
@@ -181,7 +185,7 @@ def test_killed_at_any_moment_the_last_whole_checkpoint_is_there(tmp_path):
         time.sleep(chance.uniform(0, 8 * typical))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-        interrupted += any(path.name.startswith(("deleting", "replaced")) for path in tmp_path.iterdir())
+        interrupted += any(path.name.startswith(("_deleting", "_replaced")) for path in tmp_path.iterdir())
         last, text = last_complete_checkpoint(tmp_path), done.read_text() if done.exists() else ""
         if text:
             reached = int(text)

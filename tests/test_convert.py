@@ -137,6 +137,10 @@ def test_a_shell_script_and_a_sweep(convert):
     script = f"ray job submit -- python3 -m openrlhf.cli.train_ebft_ray \\\n  {words} \\\n  --adam_betas 0.9 0.95\n"
     expected, _ = convert("authors", AUTHORS)
     assert convert("authors", script)[0] == expected
+    after = "# calls openrlhf.cli.train_ebft_ray\n{}--bf16 2>&1 | tee log  # all of it\necho done\n"
+    assert convert("authors", after.format(script.removesuffix("\n") + " "))[0] == expected
+    with pytest.raises(ValueError, match="\\$MODEL is a variable of the shell: write its value there"):
+        convert("authors", "python -m openrlhf.cli.train_ebft_ray --pretrain $MODEL\n")
     sweep = [{"ce_loss_coef": [0.0, 0.1], "diversity_rew_coef": [0.5, 1.0]}, {"ce_loss_coef": [0.3]}]
     settings = AUTHORS | {"sweep": sweep, "eval_temperature": "${temperature}"}
     with pytest.raises(ValueError, match="sweep holds 5 settings: choose one with --sweep 0 to 4"):
@@ -159,6 +163,8 @@ def test_axolotls_strided_mode(convert):
     }
     assert {name: ours.get(name) for name in expected} == expected
     assert "eval_split_size" not in ours and "bf16" not in ours
+    named = {"path": "json", "data_files": "rows.jsonl"}
+    assert convert("axolotl", STRIDED | {"datasets": [named]})[0]["dataset_name"] == "rows.jsonl"
     assert "# lora_dropout: dropout would make the update off-policy" in text
 
 
@@ -181,6 +187,14 @@ def test_axolotls_structured_mode(convert):
         ({"ebft": {"mode": "strided", "embed_method": "concat"}}, "ebft.embed_method='concat' has no counterpart"),
         ({"ebft": {"strides": 8}}, "ebft.strides: no setting that is known there; did you mean ebft.stride?"),
         ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets: 2 datasets; join them"),
+        ({"datasets": "rows.jsonl"}, "datasets: give one entry with `path`"),
+        ({"datasets": [{"paht": "a"}]}, "datasets: give one entry with `path`"),
+        ({"datasets": [{"path": "a", "shards": 4}]}, "datasets: shards has no counterpart"),
+        ({"datasets": [{"path": "json", "data_files": ["a", "b"]}]}, "datasets: data_files=.* are several"),
+        ({"bf16": [1]}, r"bf16=\[1\] has no counterpart"),
+        ({"micro_batch_size": "one"}, "micro_batch_size='one' should be of the kind of 1, their default"),
+        ({"sample_packing": "yes please"}, "sample_packing='yes please' should be of the kind of False"),
+        ({"ebft": {"feature_layers": "half"}}, "ebft.feature_layers='half' should be of the kind of"),
         ({"fsdp_config": {"fsdp_version": 2}}, "fsdp_config=.* has no counterpart: several GPUs are accelerate's"),
         ({"adapter": "llama-adapter"}, "adapter='llama-adapter' has no counterpart; lora and qlora"),
         ({"adamw_learning": 1}, "adamw_learning: no setting that is known there"),
@@ -208,6 +222,11 @@ def test_the_command(tmp_path, capsys):
     path.write_text(f"rl: !!python/object/apply:os.mkdir ['{tmp_path / 'mark'}']\n")
     assert main(["convert", "axolotl", str(path)]) == 2
     assert not (tmp_path / "mark").exists()
+    path.write_text("use_wandb: [0123456789\n")
+    capsys.readouterr()
+    assert main(["convert", "authors", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "theirs.yaml:2: not valid YAML" in said and "0123456789" not in said
 
 
 @pytest.mark.parametrize("module", [authors, axolotl])

@@ -109,7 +109,7 @@ def test_the_digest_of_a_task_is_of_what_it_reads(tmp_path):
         seen.append(task_digest(task))
     assert len(set(seen)) == 4
     task.write_text("task: 'ours\n")
-    with pytest.raises(ValueError, match=r"ours\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"ours\.yaml:\d+: not valid YAML"):
         task_digest(task)
 
 

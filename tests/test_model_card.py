@@ -7,6 +7,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from ebft.checkpoints import DELETING, REPLACED, SUPERSEDED
 from ebft.model_card import add_results, is_on_hub, write_model_card
 from hub_server import hub
 from planted import SECRET
@@ -31,6 +32,9 @@ def pushed(tmp_path_factory):
         with hub(patch) as server:
             evaluation = Dataset.from_list(documents([24, 28], seed=1))
             run = train(small_model(), rows, folder, settings=PUSHING | EVALUATING, eval_dataset=evaluation)
+            for kind in (SUPERSEDED, REPLACED, DELETING, ""):
+                (folder / f"{kind}checkpoint-9").mkdir()
+                (folder / f"{kind}checkpoint-9" / "optimizer.pt").touch()
             run.trainer.base_name = "some/model"
             run.trainer.push_to_hub(dataset_name="some/data")
     return server, run
@@ -42,6 +46,7 @@ def test_push_uploads_the_model_and_its_card(pushed):
         server.files
     )
     assert server.files["model.safetensors"] == (run.folder / "model.safetensors").read_bytes()
+    assert not [name for name in server.files if "checkpoint-" in name]
     assert server.tokens == {f"Bearer {SECRET}"}
     assert not [name for name, content in server.files.items() if SECRET.encode() in content]
     assert server.cards == [server.files["README.md"].decode()], "the card that the Hub was asked about"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,24 @@ def test_metadata_of_a_sharded_checkpoint(tmp_path, mark):
             pass
     (folder / ".metadata").write_bytes(f"cposix\nmkdir\n(V{mark}\ntR.".encode())
     with pytest.raises(ValueError, match=r"it names posix\.mkdir"), pickles.resuming(tmp_path):
+        pass
+
+
+def test_values_beside_the_tensors_of_a_sharded_checkpoint(tmp_path, mark):
+    """Torch reads them without restriction, too: an optimiser's settings pass."""
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "foreach": None, "name": "adamw", "step": torch.tensor(3.0)}
+    folder = tmp_path / "optimizer_0"
+    dcp.save({"optimizer": {"w": torch.ones(2)} | settings}, checkpoint_id=folder)
+    with pickles.resuming(tmp_path):
+        pass
+    dcp.save({"optimizer": {"w": torch.ones(2), "lr": Hostile(mark)}}, checkpoint_id=folder)
+    with pytest.raises(ValueError, match=r"\.lr is more than data\)"), pickles.resuming(tmp_path):
+        dcp.load({"optimizer": {"w": torch.ones(2), "lr": 0.1}}, checkpoint_id=folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = f"../optimizer_0/{place.relative_path}"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="not in that folder"), pickles.resuming(tmp_path):
         pass
 
 

@@ -104,6 +104,14 @@ def test_saves_what_a_resume_needs_whatever_the_strategy(tmp_path):
     assert (left.value.checkpoint / "optimizer.pt").exists()
 
 
+def test_a_checkpoint_of_the_model_alone_is_not_the_one_to_leave_behind(tmp_path):
+    """The signal comes while it is written: the run goes on for a step, and saves all."""
+    with pytest.raises(Stopped) as left:
+        interrupted.run("full", tmp_path, callbacks=[Signal("on_save", 2)], save_steps=2, save_only_model=True)
+    assert left.value.checkpoint.name == "checkpoint-3"
+    check_whole(left.value.checkpoint)
+
+
 def test_a_second_sigterm_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(preemption, "ONE_NOTICE", 0.2)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
@@ -169,3 +177,27 @@ def test_two_processes_stop_behind_the_same_step(tmp_path):
     assert f"stopped behind run/{checkpoint.name}; continue with resume_from_checkpoint: last" in out
     assert "Traceback" not in error
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+
+
+def test_the_launcher_leaves_its_processes_the_time_they_need(tmp_path):
+    """Torch's own limit, of 30 s, is 1 s here, and saving takes three."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(3)\n    pathlib.Path('saved').touch()\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(300)\n"
+    )
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(script)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ebft.cli.launcher", *launcher],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PET_SHUTDOWN_TIMEOUT": "1"},
+    )
+    while process.poll() is None and not (tmp_path / "ready").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=300)[1]
+    assert (process.returncode, (tmp_path / "saved").exists()) == (143, True), error
+    assert "Traceback" not in error

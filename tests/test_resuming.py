@@ -40,6 +40,7 @@ def test_the_lists_name_settings_that_there_are():
     [
         ({}, 2),
         ({"save_steps": 3, "output_dir": "elsewhere", "dataset_name": "moved.jsonl"}, 2),
+        ({"gather_for_sampling": True}, 2),  # sends less, and computes the same
         ({"beta": 0.0, "top_p": 1.0}, 2),  # defaults of settings that came later
     ],
 )
@@ -54,6 +55,7 @@ def test_what_may_change_without_a_word(checkpoint, change, processes):
     [
         ({"max_steps": 8}, 2, "max_steps 4 -> 8"),
         ({"bf16": True}, 2, "bf16 None -> True"),
+        ({"accelerate_config": "ddp"}, 2, "accelerate_config None -> ddp"),
         ({"gradient_accumulation_steps": 4}, 1, "gradient_accumulation_steps 2 -> 4, num_processes 2 -> 1"),
         ({"per_device_train_batch_size": 1}, 4, "num_processes 2 -> 4, per_device_train_batch_size 2 -> 1"),
     ],

@@ -288,7 +288,7 @@ def test_resume_from_an_earlier_checkpoint_is_the_unbroken_run(copy_of_whole, wh
         warnings.filterwarnings("error", message="resuming with other settings")
         interrupted.run("full", copy_of_whole, resume=str(copy_of_whole / "checkpoint-2"), eval_on_start=True)
     assert files(copy_of_whole, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
-    aside = sorted(path.name.split("-", 2)[2] for path in copy_of_whole.glob("superseded-*"))
+    aside = sorted(path.name.split("-", 2)[2] for path in copy_of_whole.glob("_superseded-*"))
     assert aside == ["checkpoint-4", "checkpoint-6"]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .checkpoints import last_complete_checkpoint, step_of, tidy, whole_checkpoints
+from .checkpoints import SUPERSEDED, last_complete_checkpoint, step_of, tidy, whole_checkpoints
 from .locks import lock
 
 if TYPE_CHECKING:  # at run time it would bring transformers along, and `ebft report` reads these files without
@@ -103,7 +103,7 @@ class RunFolder:
         step = resume_step or 0
         for path in whole_checkpoints(self.path):  # first: a kill must not leave them with shortened files
             if step_of(path) > step:  # of another branch now: it must not be taken for the newest of this one
-                path.rename(path.with_name(f"superseded-{time.time_ns()}-{path.name}"))
+                path.rename(path.with_name(f"{SUPERSEDED}{time.time_ns()}-{path.name}"))
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         (self.path / SETTINGS).write_text(text, encoding="utf-8")
         for name in (METRICS, TIMING):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -48,6 +49,8 @@ class StepLine(ProgressCallback):
 class TrainingClock(TrainerCallback, ExportableState):
     """Ends a training, or saves, after so many seconds of optimiser steps; what happens between them does not count.
 
+    Of several processes, all go by the clock of the first: they have to end, and to save, behind the same step.
+
     Args:
         seconds: The budget; None for no end.
         every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others.
@@ -68,7 +71,7 @@ class TrainingClock(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop the clock, and the training where the budget is spent."""
         before = self.spent
-        self.spent += time.perf_counter() - self._began
+        self.spent += _of_first_process(time.perf_counter() - self._began)
         ends = self.seconds is not None and self.spent >= self.seconds
         control.should_training_stop |= ends
         if self.every is not None:
@@ -77,6 +80,13 @@ class TrainingClock(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer saves."""
         return {"args": {"seconds": self.seconds, "every": self.every}, "attributes": {"spent": self.spent}}
+
+
+def _of_first_process(value: float) -> float:
+    values = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
-REPLACED, DELETING = "replaced-", "deleting-"  # what a name begins with while its step is written anew, or deleted
+# What a name begins with while its step is written anew, while it is deleted, and once an earlier one was resumed.
+# With an underscore, as `checkpoint-*` itself, it is not pushed to the Hub.
+REPLACED, DELETING, SUPERSEDED = "_replaced-", "_deleting-", "_superseded-"
 PIECE = 1 << 22  # bytes read at a time
 
 
@@ -131,6 +133,9 @@ def check_whole(checkpoint: Path, contents: bool = True) -> None:
     """
     if not is_whole(checkpoint):
         reason = "its writing was cut off" if checkpoint.is_dir() else "there is no such folder"
+        found = last_complete_checkpoint(checkpoint)
+        if found:
+            raise ValueError(f"resume_from_checkpoint='{checkpoint}' is a run's folder: name {found}, its newest one.")
         raise ValueError(_unusable(checkpoint, f"is not a whole checkpoint: {reason}"))
     manifest = read_manifest(checkpoint)
     if manifest is None:
@@ -179,7 +184,7 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 def tidy(folder: Path) -> None:
     """Remove what a killed run left half-written or half-deleted; only for the run that has the folder's lock."""
     whole = whole_checkpoints(folder)
-    for prefix in (DELETING, REPLACED, ""):
-        for path in folder.glob(f"{prefix}checkpoint-*"):
-            if prefix == DELETING or (step_of(path) >= 0 and path not in whole):
-                shutil.rmtree(path, ignore_errors=True)
+    written = [path for prefix in (REPLACED, "") for path in folder.glob(f"{prefix}checkpoint-*")]
+    broken = [path for path in written if step_of(path) >= 0 and path not in whole]
+    for path in [*folder.glob(f"{DELETING}*checkpoint-*"), *broken]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -48,6 +48,12 @@ def hidden(value: Any) -> Any:
     return PASSWORD_IN_URL.sub("", value) if isinstance(value, str) else value
 
 
+def place_of(error: Exception) -> str:
+    """Where and why a text is no YAML (of a `yaml.YAMLError`), without the line itself, in which a token may stand."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f":{mark.line + 1}: not valid YAML: {problem}" if mark and problem else ": not valid YAML"
+
+
 def _texts(value: Any, place: str = "", name: str = "") -> Iterator[tuple[str, str, str]]:
     """Every text with the path to it and the name it stands under."""
     if isinstance(value, Mapping):

@@ -1,11 +1,14 @@
 """Pickles, which run code when they are read: weights that are one are refused, a checkpoint's hold data alone."""
 
+import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.utils import has_file
 
 # For `from_pretrained`: also of a model whose config asks for code of its own, without a question on the terminal.
@@ -102,9 +105,25 @@ class _DataAlone(pickle.Unpickler):
 def _check_metadata(path: Path) -> None:
     try:
         with open(path, "rb") as file:
-            _DataAlone(file).load()
+            _check_values(path.parent, _DataAlone(file).load())
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {path} holds more than data or is damaged ({error}): resume from another "
             "checkpoint."
         ) from error
+
+
+def _check_values(folder: Path, metadata: Any) -> None:
+    """What is no tensor (an optimiser's settings) is pickled beside them, and torch reads it without restriction."""
+    for index, place in metadata.storage_data.items():
+        if Path(place.relative_path).name != place.relative_path:
+            raise pickle.UnpicklingError(f"{index.fqn} is in {place.relative_path}, not in that folder")
+        if not isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            continue
+        with open(folder / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            text = file.read(place.length)
+        try:
+            torch.load(io.BytesIO(text), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise pickle.UnpicklingError(f"{index.fqn} is more than data") from error

@@ -113,8 +113,8 @@ class Preemption(TrainerCallback):
             self._save(args, control)
 
     def on_save(self, args, state, control, **kwargs):
-        """Leave, unless training has come to its end anyway."""
-        if not self._all_stop() or control.should_training_stop:
+        """Leave, unless training has come to its end anyway; where the model alone was saved, behind the next step."""
+        if not self._all_stop() or control.should_training_stop or args.save_only_model:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.process_index == 0:

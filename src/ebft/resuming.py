@@ -25,7 +25,14 @@ FREE = (
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
-    *("ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *(
+        "gather_for_sampling",
+        "ddp_backend",
+        "ddp_timeout",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+    ),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_split_size"),
     *("feature_model_name_or_path", "feature_model_revision", "max_train_seconds", "save_seconds"),
     *("early_stopping_patience", "early_stopping_threshold"),
@@ -39,7 +46,7 @@ WARNED = (
     *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism", "use_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "reuse_sampling_forward", "per_device_generation_batch_size", "use_vllm"),
-    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+    *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerate_config"),
 )
 # They may change together: the documents of a step, which are their product, may not.
 DOCUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import ebft
 
@@ -28,26 +28,40 @@ def save_whole_checkpoints(trainer: Trainer, about: Callable[[], dict[str, Any]]
         trainer: Any Trainer.
         about: Called on the first process: `settings` and `data` for the manifest.
     """
-    around_saving(trainer, lambda folder: _sealed(trainer, folder, about))
+    kept = _Kept()
+    trainer.add_callback(kept)
+    around_saving(trainer, lambda folder: _sealed(trainer, folder, about, kept))
+
+
+class _Kept(TrainerCallback):
+    """How many checkpoints to keep, unknown to transformers while a training lasts.
+
+    It would delete old ones by itself, and with `save_total_limit: 1` at the end the newest, where another is best.
+    """
+
+    limit: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take it."""
+        self.limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give it back."""
+        args.save_total_limit = self.limit
 
 
 @contextmanager
-def _sealed(trainer: Trainer, folder: Path, about: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    args, together = trainer.args, trainer.accelerator.wait_for_everyone
-    first = args.process_index == 0
-    limit, args.save_total_limit = args.save_total_limit, None
-    try:
-        with _explained(folder):
-            if first:
-                begin(folder)
-            together()
-            yield
-            together()
-            _seal(trainer, folder, about)
-            if first:
-                rotate(folder.parent, limit, trainer.state.best_model_checkpoint)
-    finally:
-        args.save_total_limit = limit
+def _sealed(trainer: Trainer, folder: Path, about: Callable[[], dict[str, Any]], kept: _Kept) -> Iterator[None]:
+    first, together = trainer.args.process_index == 0, trainer.accelerator.wait_for_everyone
+    with _explained(folder):
+        if first:
+            begin(folder)
+        together()
+        yield
+        together()
+        _seal(trainer, folder, about)
+        if first:
+            rotate(folder.parent, kept.limit, trainer.state.best_model_checkpoint)
     together()
 
 

@@ -54,6 +54,7 @@ def converted(source: str, path: Path, sweep: int | None = None) -> str:
     """
     import yaml
 
+    from ebft.credentials import place_of
     from ebft.migration import authors, axolotl
     from ebft.migration.rules import header
 
@@ -61,6 +62,8 @@ def converted(source: str, path: Path, sweep: int | None = None) -> str:
         text = path.read_text(encoding="utf-8")
         given = authors.read(text, sweep) if source == "authors" else axolotl.read(text)
         ours, notes = (authors if source == "authors" else axolotl).translate(given)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}{place_of(error)}") from error
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
     return header(path.name, notes) + yaml.safe_dump(ours, sort_keys=False, allow_unicode=True)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from ebft.credentials import place_of
+
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 SHIPPED = ("ddp", "fsdp2", "zero2", "zero3")
 DDP, RUN_EBFT = "ddp", ("ddp", "fsdp2", "zero1", "zero2")
@@ -34,12 +36,16 @@ def engine_of(name_or_path: str | None) -> str:
     if name_or_path is None:
         return DDP
     path = config_path(name_or_path)
-    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"accelerate_config: {path}{place_of(error)}") from error
+    config = config if isinstance(config, dict) else {}
     kind = str(config.get("distributed_type"))
     if kind == "DEEPSPEED":
-        return f"zero{config.get('deepspeed_config', {}).get('zero_stage', 2)}"
+        return f"zero{(config.get('deepspeed_config') or {}).get('zero_stage', 2)}"
     if kind == "FSDP":
-        return f"fsdp{config.get('fsdp_config', {}).get('fsdp_version', 1)}"
+        return f"fsdp{(config.get('fsdp_config') or {}).get('fsdp_version', 1)}"
     if kind == "NO" or kind.startswith("MULTI_"):
         return DDP
     raise ValueError(

@@ -25,7 +25,8 @@ def main(module: str, *words: str) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     sys.argv = [module, *words]
     # Left to torch, a SIGTERM would leave the processes 30 s to save, and SIGUSR1 would end the launcher alone.
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    for variable in ("TORCHELASTIC_SIGNALS_TO_HANDLE", "PET_SIGNALS_TO_HANDLE"):  # newer torchruns take the second
+        os.environ.setdefault(variable, "SIGINT,SIGHUP,SIGQUIT")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)
     try:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from trl import TrlParser
 
-from ebft.credentials import hidden
+from ebft.credentials import hidden, place_of
 
 # Keys that older recipes name and transformers or TRL dropped -> what to write now.
 GONE = {
@@ -97,7 +97,7 @@ def _read_yaml(parser: ArgumentParser, path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}{_place_of(error)}") from error
+        raise ValueError(f"{path}{place_of(error)}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: expected lines of the form `name: value`")
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
@@ -118,12 +118,6 @@ def _read_yaml(parser: ArgumentParser, path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from error
     return values
-
-
-def _place_of(error: yaml.YAMLError) -> str:
-    """Where and why it is no YAML, without the line itself, in which a token may stand."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f":{mark.line + 1}: not valid YAML: {problem}" if mark and problem else ": not valid YAML"
 
 
 def _set_environment(variables: Any) -> None:

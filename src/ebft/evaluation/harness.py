@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..credentials import place_of
 from ..extras import require
 
 
@@ -143,7 +144,7 @@ def _named_files(path: Path) -> list[Path]:
     try:
         tokens = list(yaml.scan(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"tasks: {path} is no YAML ({error}): correct it.") from error
+        raise ValueError(f"tasks: {path}{place_of(error)}: correct it.") from error
     names = [token.value for token in tokens if isinstance(token, yaml.ScalarToken)]
     names += [f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in names]
     # os.path: of a text too long or too odd for a name it says no, where Path raises.

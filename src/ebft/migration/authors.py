@@ -1,7 +1,8 @@
 """The flags of the authors' release: github.com/sjelassi/ebft_openrlhf, openrlhf/cli/train_ebft_ray.py."""
 
+import re
 import shlex
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 import yaml
@@ -15,6 +16,8 @@ NO_CRITIC = left_out("of the learned critic; the feature network is frozen")
 MEASURED_LATER = left_out("`ebft evaluate` measures generations, after the training")
 CHECKPOINTS = left_out("checkpoints are those of transformers, every save_steps updates")
 REWARD_MODELS = refused_unless((None,), "rewards are features alone: remove it")
+# What ends the words of a command in a shell script: a pipe, a redirection, another command.
+END_OF_COMMAND = re.compile(r"\d*>|(\|\|?|&&?|;)$")
 BATCH = "per_device_train_batch_size, gradient_accumulation_steps"
 
 TABLE: dict[str, Rule] = {
@@ -177,8 +180,10 @@ def read(text: str, sweep: int | None = None) -> Options:
     Raises:
         ValueError: It is neither, or holds several settings and `sweep` does not say which.
     """
-    if "train_ebft_ray" in text:
-        return _flags(shlex.split(text.split("train_ebft_ray", 1)[1].replace("\\\n", " "), comments=True))
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if not line.lstrip().startswith("#")]
+    command = next((line.partition("train_ebft_ray")[2] for line in lines if "train_ebft_ray" in line), None)
+    if command is not None:
+        return _flags(_words(command))
     options = yaml.safe_load(text)
     if not isinstance(options, dict):
         raise ValueError("neither `name: value` lines nor a script that calls openrlhf.cli.train_ebft_ray")
@@ -187,6 +192,15 @@ def read(text: str, sweep: int | None = None) -> Options:
         raise ValueError(f"sweep holds {len(settings)} settings: choose one with --sweep 0 to {len(settings) - 1}")
     options = {name: scalar(value) for name, value in (options | (settings[sweep or 0] if settings else {})).items()}
     return {name: _referred(value, options) for name, value in options.items()}
+
+
+def _words(command: str) -> list[str]:
+    """The words of a line of a shell script, up to the end of the command."""
+    words = list(takewhile(lambda word: not END_OF_COMMAND.match(word), shlex.split(command, comments=True)))
+    variable = next((word for word in words if "$" in word), None)
+    if variable is not None:
+        raise ValueError(f"{variable} is a variable of the shell: write its value there")
+    return words
 
 
 def _grid(part: Options) -> Any:

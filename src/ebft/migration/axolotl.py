@@ -1,5 +1,8 @@
 """Axolotl's keys with `rl: ebft`: github.com/axolotl-ai-cloud/axolotl, docs/ebft.qmd and src/axolotl/utils/schemas."""
 
+from types import NoneType
+from typing import Any
+
 import yaml
 
 from .authors import scalar
@@ -84,7 +87,11 @@ TABLE: dict[str, Rule] = {
     **dict.fromkeys(("special_tokens", "chat_template", "tokenizer_type", "model_type"), TOKENIZER),
     "tokenizer_config": refused_unless((None,), "the tokenizer is the model's: save them together, and remove it"),
     # data
-    "datasets": computed("dataset_name, dataset_config, dataset_train_split", None, "one; columns as in docs/data.md"),
+    "datasets": computed(
+        "dataset_name, dataset_config, dataset_train_split",
+        None,
+        "one; its `type` is left out: columns as in docs/data.md",
+    ),
     "test_datasets": computed("eval_dataset_name, dataset_test_split", None, "one"),
     "val_set_size": computed("eval_split_size", 0),
     "sequence_len": same("max_length", 512),
@@ -166,6 +173,8 @@ TABLE: dict[str, Rule] = {
     **dict.fromkeys(("wandb_entity", "wandb_mode", "wandb_watch", "wandb_run_id", "wandb_log_model"), ENVIRONMENT),
 }
 
+# Of an entry of `datasets`; its transform (`type`) and the kind of its file are left out.
+OF_A_DATASET = ("path", "data_files", "name", "split", "train_on_split", "type", "ds_type")
 LORA = ("lora_r", "lora_alpha", "lora_modules_to_save")
 OF_STRIDED = {
     "ebft.stride": "stride",
@@ -271,6 +280,17 @@ def _batch(keys: Options, generations: int, strided: bool) -> Options:
     return split_batch(micro * steps // generations, max(1, micro // generations), 1)
 
 
+def _check_entry(name: str, entry: Any) -> None:
+    """A dataset that can be named by one path, with nothing done to it but what docs/data.md says."""
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise ValueError(f"{name}: give one entry with `path`, as Axolotl takes it")
+    if not isinstance(entry.get("data_files"), (str, NoneType)):
+        raise ValueError(f"{name}: data_files={entry['data_files']!r} are several: join them in one, or in a folder")
+    unknown = [key for key in entry if key not in OF_A_DATASET]
+    if unknown:
+        raise ValueError(f"{name}: {unknown[0]} has no counterpart: give columns as in docs/data.md, and remove it")
+
+
 def _data(keys: Options) -> Options:
     ours: Options = {}
     for name, dataset, split in (
@@ -278,11 +298,14 @@ def _data(keys: Options) -> Options:
         ("test_datasets", "eval_dataset_name", "dataset_test_split"),
     ):
         listed = keys[name] or []
+        listed = listed if isinstance(listed, list) else [listed]
         if len(listed) > 1:
             raise ValueError(f"{name}: {len(listed)} datasets; join them in one, in the shares that are wanted")
         for entry in listed:
+            _check_entry(name, entry)
             config = {"dataset_config": entry.get("name")} if name == "datasets" else {}
-            ours |= {dataset: entry["path"], split: entry.get("split") or entry.get("train_on_split"), **config}
+            found = entry["path"] if entry.get("data_files") is None else entry["data_files"]
+            ours |= {dataset: found, split: entry.get("split") or entry.get("train_on_split"), **config}
     return ours | ({"eval_split_size": keys["val_set_size"]} if keys["val_set_size"] else {})
 
 

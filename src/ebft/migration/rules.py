@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Options = dict[str, Any]
+KINDS: tuple[Any, ...] = (bool, (int, float), list)  # of values; in this order, since a bool is an int to Python
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,26 @@ def convert(table: Mapping[str, Rule], given: Options) -> tuple[Options, list[st
     values = {name: given.get(name, rule.default) for name, rule in table.items()}
     for name, rule in table.items():
         value = values[name]
+        _check_kind(name, value, rule.default)
         if rule.only is not None:
             if value not in rule.only:
                 default = "" if name in given else " (their default)"
                 raise ValueError(f"{name}={value!r}{default} has no counterpart: {rule.why}")
         elif rule.values is not None and value is not None:
-            if value not in rule.values:
+            if isinstance(value, (list, dict)) or value not in rule.values:
                 known = ", ".join(map(str, rule.values))
                 raise ValueError(f"{name}={value!r} has no counterpart; those with one: {known}. {rule.why}".strip())
             ours[rule.to] = rule.values[value]
         elif rule.to and not rule.computed and value is not None:
             ours[rule.to] = value
     return ours, notes, values
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """A value is of the kind of its default, where there is one that says so."""
+    kind = next((kind for kind in KINDS if isinstance(default, kind)), object)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} should be of the kind of {default!r}, their default: correct it")
 
 
 def split_batch(documents: int, per_device: int, devices: int) -> Options:

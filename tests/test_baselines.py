@@ -246,7 +246,7 @@ def test_a_budget_of_seconds_ends_the_training(model, workplace):
         clock = ("--max_train_seconds", "1e-6", "--save_seconds", "1e-6", "--save_steps", "999")
         assert train(model, "--method", method, *clock, output=method, steps=9) == 0
         assert [record["step"] for record in metrics(method) if "grad_norm" in record] == [1]
-        cell = Cell(method, "", 0, {"max_train_seconds": 1e-6, "max_steps": 9}, Path(method))
+        cell = Cell(method, "", 0, {"max_train_seconds": 1e-6, "save_seconds": 1e-6}, Path(method))
         assert [path.name for path in cell.checkpoints()] == ["checkpoint-1"] and cell.is_trained()
 
 

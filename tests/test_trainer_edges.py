@@ -282,6 +282,15 @@ def test_a_finished_run_and_anothers_checkpoint_are_refused(copy_of_whole, whole
     assert files(copy_of_whole, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
 
 
+def test_auto_does_not_replace_a_finished_model(tmp_path):
+    run = train(small_model(), documents([30] * 4), tmp_path)
+    run.trainer.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a model \(model\.safetensors\) and no checkpoint"):
+        train(small_model(), documents([30] * 4), tmp_path, "auto")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_resume_from_an_earlier_checkpoint_is_the_unbroken_run(copy_of_whole, whole):
     """The first evaluation is not repeated, and the later checkpoints of the old branch are set aside."""
     with warnings.catch_warnings():

@@ -59,7 +59,17 @@ def check_resume(output_dir: str | Path, checkpoint: str | Path) -> None:
 
 
 def forget_start(folder: Path) -> None:
-    """Remove what a run left that did not come as far as its first checkpoint."""
+    """Remove what a run left that did not come as far as its first checkpoint.
+
+    Raises:
+        ValueError: It came to its end, without one.
+    """
+    found = next(folder.glob("*.safetensors"), None)
+    if found is not None:
+        raise ValueError(
+            f"output_dir='{folder}' holds a model ({found.name}) and no checkpoint, as a run does that was finished "
+            "with save_strategy: no: choose another folder, or delete it."
+        )
     for name in (METRICS, TIMING):
         (folder / name).unlink(missing_ok=True)
     for path in (folder / "rollouts").glob("step_*.parquet"):

@@ -89,8 +89,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_policy_tokenizer(name: str, args: Any) -> Any:
-    """The tokenizer of the model to train, which may bring code of its own if `model_init_kwargs` says so."""
-    return load_tokenizer(name, trust_remote_code=bool((args.model_init_kwargs or {}).get("trust_remote_code")))
+    """The tokenizer of the model to train, of its revision, with code of its own if `model_init_kwargs` says so."""
+    kwargs = args.model_init_kwargs or {}
+    return load_tokenizer(name, kwargs.get("revision"), bool(kwargs.get("trust_remote_code")))
 
 
 def end_ids(config: GenerationConfig | None, tokenizer: Any) -> list[int]:

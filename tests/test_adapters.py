@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, IA3Config, LoHaConfig, LoraConfig, OF
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from ebft import FeatureNetwork
+from ebft import FeatureNetwork, pretrained
 from ebft.cli import main
 from ebft.models import load_policy
 from ragged import ragged_batch, random_tokens
@@ -122,6 +122,17 @@ def test_reload_and_merge(tmp_path, adapter, capsys):
     torch.testing.assert_close(logits_of(merged), trained, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(trained, logits_of(AutoModelForCausalLM.from_pretrained(base)), rtol=1e-2, atol=1e-2)
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_an_adapter_says_of_which_revision_its_base_is(tmp_path, monkeypatch):
+    """The tokenizer is that of the revision, too."""
+    base, args = saved_base(tmp_path / "base"), config(tmp_path, model_init_kwargs={"revision": "abc"})
+    load_policy(base, args, copy.deepcopy(ADAPTERS["rslora"])).save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "abc"
+    asked = []
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *words: asked.append(words))
+    pretrained.load_policy_tokenizer(base, args)
+    assert asked == [(base, "abc", False)]
 
 
 @pytest.mark.parametrize(

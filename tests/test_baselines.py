@@ -250,6 +250,12 @@ def test_a_budget_of_seconds_ends_the_training(model, workplace):
         assert [path.name for path in cell.checkpoints()] == ["checkpoint-1"] and cell.is_trained()
 
 
+def test_an_adapter_says_of_which_revision_its_base_is(model, workplace):
+    words = ("--method", "sft", "--use_peft", "--model_revision", "abc")
+    assert train(model, *words, output="adapted", steps=1) == 0
+    assert json.loads(Path("adapted", "adapter_config.json").read_text())["revision"] == "abc"
+
+
 def test_a_budget_goes_on_after_a_resume():
     budget, state, control = TrainingClock(100.0), TrainerState(), TrainerControl()
     state.stateful_callbacks = {"TrainingClock": {"args": {}, "attributes": {"spent": 99.999}}}  # type: ignore[reportAttributeAccessIssue]

@@ -78,6 +78,20 @@ def test_a_model_that_is_a_pickle_is_refused(model, mark, tmp_path):
             load_policy(name, config(tmp_path / "run", model_init_kwargs=option))
 
 
+def test_weights_elsewhere_are_refused(model, run, tmp_path):
+    """Also where they are in a checkpoint that is resumed."""
+    copy_of(run, tmp_path / "run")
+    refused = r"names '\.\./elsewhere.safetensors', which is not in its folder"
+    for folder in (model, tmp_path / "run" / "checkpoint-1"):
+        (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+        names = {"weight_map": dict.fromkeys(("a", "b"), "../elsewhere.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=f"model_name_or_path: .*{refused}"):
+        load_policy(str(model), config(tmp_path / "other"))
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{refused}"):
+        resume(tmp_path / "run")
+
+
 def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, mark):
     (tmp_path / "adapter_config.json").write_text("{}")
     torch.save({"a": Hostile(mark)}, tmp_path / "adapter_model.bin")

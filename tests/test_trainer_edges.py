@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 import interrupted
 from ebft import EBFTConfig, EBFTTrainer
+from ebft.artifacts import RunFolder
 from ebft.layouts import batch_layout
 from ebft.logprobs import document_and_block_log_probs
 from ebft.objective import Objective, StepTotals, block_weights
@@ -280,6 +281,26 @@ def test_a_finished_run_and_anothers_checkpoint_are_refused(copy_of_whole, whole
     with pytest.raises(ValueError, match="output_dir=.* holds another run"):
         interrupted.run("full", copy_of_whole, resume=str(whole.folder / "checkpoint-2"))
     assert files(copy_of_whole, "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+
+
+def test_a_spoilt_line_of_metrics_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"st')  # cut off by a kill
+    RunFolder(tmp_path).start({}, 2)
+    assert path.read_text() == "".join(lines[:2])
+    path.write_text(lines[0] + "\0\0\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: no record of a step .*: remove that line"):
+        RunFolder(tmp_path).start({}, 2)
+
+
+def test_auto_does_not_replace_a_finished_model(tmp_path):
+    run = train(small_model(), documents([30] * 4), tmp_path)
+    run.trainer.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"holds a model \(model\.safetensors\) and no checkpoint"):
+        train(small_model(), documents([30] * 4), tmp_path, "auto")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_resume_from_an_earlier_checkpoint_is_the_unbroken_run(copy_of_whole, whole):

@@ -59,7 +59,17 @@ def check_resume(output_dir: str | Path, checkpoint: str | Path) -> None:
 
 
 def forget_start(folder: Path) -> None:
-    """Remove what a run left that did not come as far as its first checkpoint."""
+    """Remove what a run left that did not come as far as its first checkpoint.
+
+    Raises:
+        ValueError: It came to its end, without one.
+    """
+    found = next(folder.glob("*.safetensors"), None)
+    if found is not None:
+        raise ValueError(
+            f"output_dir='{folder}' holds a model ({found.name}) and no checkpoint, as a run does that was finished "
+            "with save_strategy: no: choose another folder, or delete it."
+        )
     for name in (METRICS, TIMING):
         (folder / name).unlink(missing_ok=True)
     for path in (folder / "rollouts").glob("step_*.parquet"):
@@ -172,9 +182,12 @@ def where_to_go_on(output_dir: Path) -> str:
 def _keep_lines(path: Path, step: int) -> None:
     """Drop the records after `step`, and a last line that was cut off by a kill."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no record of a step ({error}): remove that line.") from error
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text("".join(kept), encoding="utf-8")
     os.replace(unfinished, path)

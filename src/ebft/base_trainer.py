@@ -215,7 +215,7 @@ class RecordedTrainer(Trainer):
             if step >= self.planned_steps():
                 raise ValueError(
                     f"resume_from_checkpoint='{checkpoint}': the run is finished after {step} steps; "
-                    "raise max_steps or num_train_epochs to go on."
+                    "raise max_steps or num_train_epochs to go on, or take the model from that checkpoint."
                 )
         self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()

@@ -72,7 +72,8 @@ def load_policy(model: str | nn.Module, args, peft_config=None, quantization_con
         if hasattr(policy, "peft_config"):
             raise ValueError("peft_config: the model already has an adapter; pass one of the two.")
         set_seed(args.seed)  # the adapter's random start is part of what the seed decides
-        policy = get_peft_model(policy, peft_config)
+        revision = (args.model_init_kwargs or {}).get("revision")  # else it would be loaded, and merged, with another
+        policy = get_peft_model(policy, peft_config, revision=revision)
     _disable_dropout(policy)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError("model has no parameter with requires_grad=True: there is nothing to train.")

@@ -1,6 +1,7 @@
-"""Pickles, which run code when they are read: weights that are one are refused, a checkpoint's hold data alone."""
+"""What weights and checkpoints may be: no pickles, which run code when read, and files of their own folder alone."""
 
 import io
+import json
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +66,38 @@ def check_weights_are_no_pickle(name: str, field: str) -> None:
         )
 
 
+def check_indices(name: str, field: str) -> None:
+    """Refuse a folder with an index of weights that names files elsewhere.
+
+    Args:
+        name: A folder, or a name on the Hub, which has no files elsewhere.
+        field: The option that `name` comes from, for messages.
+
+    Raises:
+        ValueError: Names the index and the file.
+    """
+    for index in sorted(Path(name).glob("*.safetensors.index*.json")):
+        parts_of(index, field)
+
+
+def parts_of(file: Path, field: str) -> list[Path]:
+    """The files that hold the weights: the file itself, or those its index names.
+
+    Raises:
+        ValueError: It is no index, or names a file that is not in its folder; `field` is what the error calls it.
+    """
+    if file.suffix != ".json":
+        return [file]
+    try:
+        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{field}: {file} is no index of weights ({error!r}): copy or download it again.") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{field}: {file} names {outside[0]!r}, which is not in its folder: take another copy of it.")
+    return [file.with_name(name) for name in sorted(names)]
+
+
 def _has(name: str, file: str) -> bool:
     if Path(name).is_dir():
         return (Path(name) / file).is_file()
@@ -84,6 +117,7 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
     """
     if checkpoint is not None:
         check_weights_are_no_pickle(str(checkpoint), "resume_from_checkpoint")
+        check_indices(str(checkpoint), "resume_from_checkpoint")
         for path in sorted(Path(checkpoint).rglob(".metadata")):
             _check_metadata(path)
     try:

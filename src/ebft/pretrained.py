@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .pickles import SAFE, check_weights_are_no_pickle
+from .pickles import SAFE, check_indices, check_weights_are_no_pickle
 from .support import has_tokens
 
 
@@ -32,12 +32,13 @@ def read_weights(
     """`from_pretrained`; but under `torch.device("meta")` the model's shape alone, and nothing is read.
 
     Raises:
-        ValueError: The weights are a pickle; `field` is what the error calls the model.
+        ValueError: The weights are a pickle, or files of another folder; `field` is what the error calls the model.
     """
     kwargs = SAFE | kwargs
     if torch.get_default_device().type == "meta":
         options = {k: kwargs[k] for k in ("attn_implementation", "trust_remote_code") if k in kwargs}
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    check_indices(name, field)
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     except OSError:
@@ -88,8 +89,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_policy_tokenizer(name: str, args: Any) -> Any:
-    """The tokenizer of the model to train, which may bring code of its own if `model_init_kwargs` says so."""
-    return load_tokenizer(name, trust_remote_code=bool((args.model_init_kwargs or {}).get("trust_remote_code")))
+    """The tokenizer of the model to train, of its revision, with code of its own if `model_init_kwargs` says so."""
+    kwargs = args.model_init_kwargs or {}
+    return load_tokenizer(name, kwargs.get("revision"), bool(kwargs.get("trust_remote_code")))
 
 
 def end_ids(config: GenerationConfig | None, tokenizer: Any) -> list[int]:

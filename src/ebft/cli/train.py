@@ -144,7 +144,10 @@ def build_trainer(arguments: Arguments) -> Trainer:
     evaluate = training.eval_strategy != "no"
     train_dataset, eval_dataset = load_datasets(arguments.data, evaluate=evaluate, seed=training.seed)
     options: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    options |= {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
+    adapter: Any = get_peft_config(model)
+    if adapter is not None:
+        adapter.revision = training.model_init_kwargs.get("revision")  # TRL's trainers do not say of which base it is
+    options |= {"quantization_config": get_quantization_config(model), "peft_config": adapter}
     trainer = _trainer_of(method, description, str(model.model_name_or_path), training, options)
     if method.max_train_seconds is not None or method.save_seconds is not None:
         trainer.add_callback(TrainingClock(method.max_train_seconds, method.save_seconds))

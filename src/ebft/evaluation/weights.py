@@ -1,13 +1,12 @@
 """Whether a model's weights are there and whole, told from file names and headers before any work."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import has_file
 
 from ..data.loading import looks_like_path
-from ..pickles import SAFETENSORS, check_weights_are_no_pickle
+from ..pickles import SAFETENSORS, check_weights_are_no_pickle, parts_of
 
 
 def check_weights(name: str, field: str = "model_name_or_path") -> None:
@@ -38,7 +37,7 @@ def check_weights(name: str, field: str = "model_name_or_path") -> None:
             f"{field}: {name} holds no weights ({SAFETENSORS[0]}): name the folder that save_pretrained "
             "wrote, such as a run's checkpoint."
         )
-    for part in _parts(found, field):
+    for part in parts_of(found, field):
         if not part.is_file():
             raise ValueError(f"{field}: {name}: {part.name} is missing, which {found.name} names: copy it there.")
         try:
@@ -48,17 +47,3 @@ def check_weights(name: str, field: str = "model_name_or_path") -> None:
             raise ValueError(
                 f"{field}: {name}: {part.name} is damaged or cut off ({error}): copy or download it again."
             ) from error
-
-
-def _parts(file: Path, field: str) -> list[Path]:
-    """The files that hold the weights: the file itself, or those its index names."""
-    if file.suffix != ".json":
-        return [file]
-    try:
-        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{field}: {file} is no index of weights ({error!r}): copy or download it again.") from error
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{field}: {file} names {outside[0]!r}, which is not in its folder: take another copy of it.")
-    return [file.with_name(name) for name in sorted(names)]

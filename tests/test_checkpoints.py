@@ -146,7 +146,7 @@ def test_the_model_alone_is_not_resumed(tmp_path):
         check_whole(write(tmp_path, 2, model_only=True))
 
 
-PATIENCE = 120  # seconds
+PATIENCE = 600  # seconds
 
 
 def forked(work) -> int:
@@ -187,6 +187,8 @@ def test_killed_at_any_moment_the_last_whole_checkpoint_is_there(tmp_path):
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         interrupted += any(path.name.startswith(("_deleting", "_replaced")) for path in tmp_path.iterdir())
         last, text = last_complete_checkpoint(tmp_path), done.read_text() if done.exists() else ""
+        # The first write may have been quicker than the machine now is: without progress, later kills are later.
+        typical *= 1.2 if text in ("", str(reached)) else 1
         if text:
             reached = int(text)
             assert last is not None and step_of(Path(last)) >= reached

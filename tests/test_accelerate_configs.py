@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from ebft.cli import main
+from ebft.cli.arguments import parse
 from ebft.cli.engines import CONFIGS, SHIPPED, config_path, engine_of
 from ebft.config_checks import check_engine
 from training import config
@@ -88,6 +89,17 @@ def test_a_moving_average_and_zero_3_are_refused(tmp_path, monkeypatch):
     args.deepspeed_plugin = type("Plugin", (), {"zero_stage": 3})
     with pytest.raises(ValueError, match=r"zero_stage=3 .* use FSDP2"):
         check_engine(args)
+
+
+def test_fsdp_as_an_option_of_the_run(tmp_path):
+    """As docs/scaling.md has it for torchrun, and as resolved_config.yaml writes it."""
+    words = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu"]
+    sharded = '{"state_dict_type": "SHARDED_STATE_DICT"}'
+    (tmp_path / "fsdp.yaml").write_text(f"fsdp: true\nfsdp_config: {sharded}\n")
+    for more in (["--fsdp", "true", "--fsdp_config", sharded], ["--config", str(tmp_path / "fsdp.yaml")]):
+        training = parse([*words, *more]).training
+        assert training.fsdp is True and training.fsdp_plugin_args["state_dict_type"] == "SHARDED_STATE_DICT"
+    assert not parse([*words, "--fsdp", "false"]).training.fsdp
 
 
 def test_a_file_of_ones_own(tmp_path, capsys):

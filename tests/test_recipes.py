@@ -25,7 +25,8 @@ def tasks(tmp_path_factory):
         task.mkdir(parents=True)
         for name, rows in module.make(module.SMOKE, 0).files.items():
             write_rows(task / f"{name}.jsonl", rows)
-        tiny_model("qwen2", vocab_size=32).save_pretrained(task / "base")
+        for model in ("base", "warm"):
+            tiny_model("qwen2", vocab_size=32).save_pretrained(task / model)
     return folder
 
 
@@ -45,5 +46,5 @@ def test_recipe_of_a_comparison(path, tasks, tmp_path, monkeypatch):
 
 def test_there_are_recipes():
     tasks = ("qa_coding", "stdlib_code", "translation")
-    one_factor = {"ablations", "kernels_and_networks"}
+    one_factor = {"ablations", "ablations_warm", "kernels_and_networks"}
     assert {path.stem for path in POCKET} == one_factor | {*tasks, *(f"{task}_small" for task in tasks)}

@@ -212,9 +212,9 @@ class EBFTConfig(TrainingArguments):
             self.eval_steps = 100  # transformers takes logging_steps, and here an evaluation samples rollouts
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-        fsdp: Any = self.fsdp
-        if str(fsdp).lower() in ("true", "false"):  # words on the command line and in YAML, transformers' old options
-            self.fsdp = str(fsdp).lower() == "true"  # type: ignore
+        untyped: Any = self  # transformers declares `fsdp` as text, and takes a bool
+        if str(self.fsdp).lower() in ("true", "false"):  # words on the command line and in YAML
+            untyped.fsdp = str(self.fsdp).lower() == "true"
         decide_direction(self)
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate

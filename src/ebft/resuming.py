@@ -25,16 +25,10 @@ FREE = (
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps"),
-    *(
-        "gather_for_sampling",
-        "ddp_backend",
-        "ddp_timeout",
-        "ddp_bucket_cap_mb",
-        "ddp_broadcast_buffers",
-        "ddp_static_graph",
-    ),
+    *("ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_split_size"),
     *("feature_model_name_or_path", "feature_model_revision", "max_train_seconds", "save_seconds"),
+    "gather_for_sampling",
     *("early_stopping_patience", "early_stopping_threshold"),
     *("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"),
 )

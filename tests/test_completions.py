@@ -297,6 +297,8 @@ def test_data_refused(tmp_path):
 def test_models_refused(tmp_path):
     with pytest.raises(ValueError, match="max_length=250 and max_completion_length=11 behind it exceed the model's"):
         trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(max_length=250))
+    with pytest.raises(ValueError, match="256 positions: lower max_completion_length, to less than 256"):
+        trainer(small_model(), rows(), tmp_path, settings=SETTINGS | dict(max_completion_length=300))
     with pytest.raises(ValueError, match="model type 'mamba' is not supported: .* rollout: completion"):
         trainer(small_model("mamba"), rows(), tmp_path)
     with pytest.raises(ValueError, match="packing=True: model type 'mamba' cannot keep the documents"):

@@ -47,17 +47,19 @@ def _check_positions(config: PreTrainedConfig, max_length: int, completions: int
     said = f"max_length={max_length}" + (f" and max_completion_length={completions} behind it" if completions else "")
     verb = "exceed" if completions else "exceeds"
     if needed > positions:
-        raise ValueError(
-            f"{said} {verb} the model's {positions} positions: lower max_length to {max(1, positions - completions)}."
-        )
+        raise ValueError(f"{said} {verb} the model's {positions} positions: {_shorter(positions, completions)}.")
     scaling = getattr(config, "rope_parameters", None) or {}
     kind, trained = scaling.get("rope_type"), scaling.get("original_max_position_embeddings")
     if kind in ("dynamic", "longrope") and trained and needed > trained:
         raise ValueError(
             f"{said}: beyond {trained} positions this model's '{kind}' rotary embedding depends on "
-            "the length of the run, which differs between rollouts: lower max_length to "
-            f"{max(1, trained - completions)}."
+            f"the length of the run, which differs between rollouts: {_shorter(trained, completions)}."
         )
+
+
+def _shorter(positions: int, completions: int) -> str:
+    room = positions - completions
+    return f"lower max_length to {room}" if room > 0 else f"lower max_completion_length, to less than {positions}"
 
 
 def verify_blocks(model: nn.Module) -> None:

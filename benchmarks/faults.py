@@ -1,9 +1,9 @@
 """Kills runs at random moments and resumes them: `python -m benchmarks.faults --kills 100`.
 
 Tiny runs of each kind ({full, LoRA} x {one process, DDP, FSDP2}, streamed and packed data) are ended by SIGKILL or
-SIGTERM, some while a checkpoint is being written or rotated, and go on with `resume_from_checkpoint="auto"`, as a
+SIGTERM, some while a checkpoint or the final model is being written, and go on with `resume_from_checkpoint="auto"`, as a
 scheduler's requeue would.
-What they leave is compared with an unbroken run: weights, optimiser, random state, metrics and rollouts, to the bit.
+What they leave is compared with an unbroken run: final model, weights, optimiser, random state, metrics and rollouts, to the bit.
 The processes are forked from one that has imported everything already, so that a start costs a second.
 """
 
@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 PATIENCE = 300  # seconds without any event, after which a start is taken to hang
 # What a kill waits for, and how likely it is. Behind the event comes a random share of what usually follows it.
-AIMS = {"start": 0.15, "step": 0.35, "saving": 0.5}
+AIMS = {"start": 0.15, "step": 0.3, "saving": 0.4, "writing": 0.15}
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Kill:
     Attributes:
         kind: Of run.
         signal: Its name.
-        during: What the run was doing: `start`, `step`, `saving`, or `evaluation`.
+        during: What the run was doing: `start`, `step`, `saving`, `evaluation`, or `writing` the final model.
         seconds: From the start of the processes.
         step: The last optimiser step that was done.
         checkpoint: The step the run goes on from.
@@ -191,6 +191,8 @@ def run(kind: str, folder: Path, pipe: int | None) -> int:
         ours = trainer(kind, folder, STEPS, [Reports(tell)], **SETTINGS)
         around_saving(ours, told)
         ours.train(resume_from_checkpoint="auto")
+        tell("writing", STEPS)
+        ours.save_model()
     except SystemExit as left:
         return int(left.code or 0)
     except BaseException:  # noqa: BLE001 - whatever it is, the parent prints it
@@ -239,7 +241,9 @@ class Victims:
         if set(status) == {0}:
             return True
         allowed = {-signal.SIGKILL} if sent == signal.SIGKILL else {128 + signal.SIGTERM, -signal.SIGTERM}
-        if sent is None or not set(status) <= allowed | ({0} if sent == signal.SIGKILL else set()):
+        allowed |= {0} if sent == signal.SIGKILL else set()
+        allowed |= {1} if -signal.SIGTERM in status else set()  # a process that is gone takes the other one down
+        if sent is None or not set(status) <= allowed:
             log = folder.with_suffix(".log").read_text()
             raise RuntimeError(f"{folder.name} ended with {status} after {sent}:\n{log[-4000:]}")
         self.kills.append(self.found(folder, child, signal.Signals(sent), during, seconds, status))
@@ -287,10 +291,10 @@ def differences(one: Path, other: Path) -> list[str]:
     tensors = sorted(path.name for path in ends[0].iterdir() if path.suffix in (".pt", ".pth") or path.is_dir())
     for name in tensors:
         found += [] if equal(*(loaded(end / name) for end in ends)) else [name]
-    exact = [path.relative_to(one) for path in ends[0].glob("*.safetensors")]
+    exact = [path.relative_to(one) for folder in (one, ends[0]) for path in folder.glob("*.safetensors")]
     exact += [Path("metrics.jsonl"), *sorted(path.relative_to(one) for path in (one / "rollouts").glob("*.parquet"))]
     found += [str(name) for name in exact if (one / name).read_bytes() != (other / name).read_bytes()]
-    if len(exact) < 3 or not tensors:
+    if len(exact) < 4 or not tensors:
         raise RuntimeError(f"{one} is not a finished run")
     return found
 

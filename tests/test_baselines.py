@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -264,7 +265,8 @@ def test_a_budget_goes_on_after_a_resume():
     budget.on_step_begin(None, state, control)
     assert budget.spent == 99.999
     budget._began -= 1.0
-    budget.on_step_end(None, state, control)
+    budget.on_step_end(SimpleNamespace(save_strategy="steps"), state, control)
+    assert control.should_save, "as behind the last step"
     assert control.should_training_stop and budget.state()["attributes"]["spent"] > 100
 
 
@@ -276,7 +278,7 @@ def decide(rank: int, folder: Path) -> None:
         control.should_save = False
         clock.on_step_begin(None, TrainerState(), control)
         clock._began -= 2.0 * (1 + rank)
-        clock.on_step_end(None, TrainerState(), control)
+        clock.on_step_end(SimpleNamespace(save_strategy="no"), TrainerState(), control)
         decided.append((control.should_save, control.should_training_stop))
     (folder / f"{rank}.json").write_text(json.dumps(decided))
     dist.destroy_process_group()

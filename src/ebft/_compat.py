@@ -65,6 +65,24 @@ def around_saving(trainer: Trainer, context: Callable[[Path], AbstractContextMan
     inner._save_checkpoint = save_within
 
 
+def no_epochs_where(trainer: Trainer, finished: Callable[[str, int], bool]) -> None:
+    """Have a Trainer that resumes a checkpoint go through no epoch where `finished(checkpoint, max_steps)`."""
+    inner: Any = trainer
+    loop, values = inner._inner_training_loop, inner.set_initial_training_values
+
+    def train(batch_size: int | None = None, **options: Any) -> Any:
+        checkpoint = options.get("resume_from_checkpoint")
+
+        def values_of(*args: Any) -> tuple:
+            epochs, *others = values(*args)
+            return (0 if checkpoint and finished(checkpoint, others[-1]) else epochs, *others)
+
+        inner.set_initial_training_values = values_of
+        return loop(batch_size, **options)
+
+    inner._inner_training_loop = train
+
+
 def prepare_fsdp2(accelerator: Any, precision: MixedPrecisionPolicy) -> None:
     """Have accelerate shard a model as `sharding.shard` does: layers, and a root with all the rest.
 

@@ -1,6 +1,5 @@
 """What every run needs, whatever it trains on: its folder, exact resume, a log per step, a stop at a broken step."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from .config import EBFTConfig
 from .config_checks import check_precision
 from .data.fingerprint import fingerprint
 from .features import FeatureNetwork
+from .finishing import train_no_further
 from .forward import causal_lm
 from .layouts import batch_layout
 from .learned_features import ClassifierSteps, LearnedFeatures
@@ -82,6 +82,7 @@ class RecordedTrainer(Trainer):
         self.preemption = Preemption(self)
         self.add_callback(self.preemption)
         save_whole_checkpoints(self, lambda: {"settings": self.settings, "data": self.data_fingerprint})
+        train_no_further(self)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StepLine())
         check_precision(self.args, self.accelerator.mixed_precision)
@@ -212,11 +213,6 @@ class RecordedTrainer(Trainer):
             step = self._check_records(checkpoint)
             check_resume(self.output_dir, checkpoint)
             self.on_first_process(lambda: check_settings(Path(checkpoint), self.settings, self.args.world_size))
-            if step >= self.planned_steps():
-                raise ValueError(
-                    f"resume_from_checkpoint='{checkpoint}': the run is finished after {step} steps; "
-                    "raise max_steps or num_train_epochs to go on, or take the model from that checkpoint."
-                )
         self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()
         self.run_folder.start(self.settings, step)
@@ -236,18 +232,6 @@ class RecordedTrainer(Trainer):
         if checkpoint:
             check_data(Path(checkpoint), found)
         return found
-
-    def planned_steps(self) -> float:
-        """Optimiser steps of the whole run; infinite where a stream does not say."""
-        args = self.args
-        if args.max_steps > 0:
-            return args.max_steps
-        dataset: Any = self.train_dataset
-        if not hasattr(dataset, "__len__"):
-            return math.inf
-        batches = len(dataset) / (args.per_device_train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        return math.ceil(max(1, math.ceil(batches / args.gradient_accumulation_steps)) * args.num_train_epochs)
 
     def _check_records(self, checkpoint: str) -> int:
         network, kernel, step = checkpoint_records(checkpoint)

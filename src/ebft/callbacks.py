@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 
 class StepEnd(TrainerCallback):
@@ -53,7 +54,8 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     Args:
         seconds: The budget; None for no end.
-        every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others.
+        every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others, but for the end
+            where `save_strategy` is `steps`.
     """
 
     def __init__(self, seconds: float | None, every: float | None = None):
@@ -74,8 +76,16 @@ class TrainingClock(TrainerCallback, ExportableState):
         self.spent += _of_first_process(time.perf_counter() - self._began)
         ends = self.seconds is not None and self.spent >= self.seconds
         control.should_training_stop |= ends
+        if self.every is not None or args.save_strategy == SaveStrategy.STEPS:
+            control.should_save |= ends  # as transformers does behind a run's last step
         if self.every is not None:
-            control.should_save |= ends or self.spent // self.every > before // self.every
+            control.should_save |= self.spent // self.every > before // self.every
+
+    def why_ended(self, saved: dict[str, Any], args: Any) -> str | None:
+        """Why a run with these attributes in its checkpoint is finished; None if it is not."""
+        if self.seconds is None or saved.get("spent", 0.0) < self.seconds:
+            return None
+        return f"its max_train_seconds={self.seconds:g} are spent; raise them to go on."
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves."""
@@ -89,23 +99,26 @@ def _of_first_process(value: float) -> float:
     return values[0]
 
 
+_LOST_PATIENCE = "early_stopping_patience_counter"
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """transformers' early stopping; a resumed run goes on with the patience that its checkpoint had left."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run has lost what patience its checkpoint says.
-
-        Raises:
-            ValueError: None is left: the run to be resumed had stopped.
-        """
+        """A resumed run has lost what patience its checkpoint says."""
         super().on_train_begin(args, state, control, **kwargs)
-        name = "early_stopping_patience_counter"
-        self.early_stopping_patience_counter = lost = _resumed(self, state).get(name, 0)
-        if lost >= self.early_stopping_patience:
-            raise ValueError(
-                f"resume_from_checkpoint: the run stopped early, after {lost} evaluations without a better "
-                f"{args.metric_for_best_model}: raise early_stopping_patience to go on."
-            )
+        self.early_stopping_patience_counter = _resumed(self, state).get(_LOST_PATIENCE, 0)
+
+    def why_ended(self, saved: dict[str, Any], args: Any) -> str | None:
+        """Why a run with these attributes in its checkpoint is finished; None if it is not."""
+        lost = saved.get(_LOST_PATIENCE, 0)
+        if lost < self.early_stopping_patience:
+            return None
+        return (
+            f"the run stopped early, after {lost} evaluations without a better {args.metric_for_best_model}; raise "
+            "early_stopping_patience to go on."
+        )
 
 
 def _resumed(callback: ExportableState, state: Any) -> dict[str, Any]:
@@ -131,17 +144,44 @@ class KernelRecord(FeatureNetworkRecord):
     """Stores likewise which kernel a run uses."""
 
 
+def why_finished(callbacks: Iterable[Any], args: Any, checkpoint: Path, max_steps: int) -> str | None:
+    """Why a run resumed from a checkpoint has nothing left to train, and what would change that; None if it has.
+
+    Args:
+        callbacks: Of the run.
+        args: Its TrainingArguments.
+        checkpoint: A whole one.
+        max_steps: Of the whole run.
+    """
+    saved, step = _saved_state(checkpoint)
+    if step >= max_steps:
+        return f"the run ended after {step} steps; raise max_steps or num_train_epochs to go on."
+    endings = (callback for callback in callbacks if isinstance(callback, (EarlyStopping, TrainingClock)))
+    reasons = (ending.why_ended(_attributes(saved, type(ending)), args) for ending in endings)
+    return next(filter(None, reasons), None)
+
+
 def checkpoint_records(checkpoint: str | Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
     """The records of the feature network and the kernel in a checkpoint, None if it has none, and its step.
 
     Raises:
         ValueError: There is no whole checkpoint at that path.
     """
+    saved, step = _saved_state(checkpoint)
+    network, kernel = (_attributes(saved, kind).get("record") for kind in (FeatureNetworkRecord, KernelRecord))
+    return network, kernel, step
+
+
+def _saved_state(checkpoint: str | Path) -> tuple[dict[str, Any], int]:
+    """What the callbacks saved in a checkpoint, by class, and its step."""
     path = Path(checkpoint) / "trainer_state.json"
     try:
         state = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"resume_from_checkpoint='{checkpoint}' is not a whole checkpoint: {error}") from error
-    saved = [state.get("stateful_callbacks", {}).get(kind.__name__) for kind in (FeatureNetworkRecord, KernelRecord)]
-    network, kernel = (found["attributes"]["record"] if found else None for found in saved)
-    return network, kernel, state["global_step"]
+    return state.get("stateful_callbacks", {}), state["global_step"]
+
+
+def _attributes(saved: dict[str, Any], kind: type) -> dict[str, Any]:
+    found = saved.get(kind.__name__)
+    return found["attributes"] if found else {}

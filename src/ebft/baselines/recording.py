@@ -8,6 +8,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from ..artifacts import RunFolder, settings_of
 from ..callbacks import StepLine
 from ..config import EBFTConfig
+from ..finishing import train_no_further
 from ..preemption import Preemption
 from ..resuming import check_settings
 from ..saving import save_whole_checkpoints
@@ -35,6 +36,7 @@ def recorded(
     trainer.add_callback(RunRecord(folder, settings, names))
     trainer.add_callback(Preemption(trainer))
     save_whole_checkpoints(trainer, lambda: {"settings": settings})
+    train_no_further(trainer)
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StepLine())

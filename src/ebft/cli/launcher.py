@@ -34,7 +34,7 @@ def main(module: str, *words: str) -> int:
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         status = status if status > 0 else 128 - status
-        if status not in (1, 2, 130, 143):  # else the process itself has said why
+        if status not in (1, 2, 130, 138, 143):  # else the process itself has said why, or was told to stop
             print(str(error), file=sys.stderr)
         return status
     except SignalException as received:

@@ -1,0 +1,27 @@
+"""A resumed run that has come to its end: its weights are loaded, to be saved or used, and nothing is trained."""
+
+from pathlib import Path
+
+from transformers import Trainer
+
+from ._compat import no_epochs_where
+from .callbacks import why_finished
+
+
+def train_no_further(trainer: Trainer) -> None:
+    """From now on, have a Trainer that resumes a finished run load its last checkpoint, or its best, and end.
+
+    What a run lacks that was killed between its last checkpoint and the writing of its model can then be done.
+    transformers would train one step more where `max_steps` lies within an epoch or a callback had ended the training.
+
+    Args:
+        trainer: Any Trainer.
+    """
+
+    def finished(checkpoint: str, max_steps: int) -> bool:
+        reason = why_finished(trainer.callback_handler.callbacks, trainer.args, Path(checkpoint), max_steps)
+        if reason and trainer.args.process_index == 0:
+            print(f"Nothing is left to train behind {checkpoint}: {reason}", flush=True)
+        return reason is not None
+
+    no_epochs_where(trainer, finished)

@@ -1,0 +1,84 @@
+"""A resume of a run that had come to its end: its model is loaded, best or last, and nothing is trained."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+import interrupted
+from ebft.callbacks import TrainingClock
+from ebft.cli import main
+from test_best_model import stopping_run
+from tiny import byte_bpe_tokenizer
+from training import assert_equal_weights, files, read_metrics, small_model
+
+KEPT = ("metrics.jsonl", "rollouts/*", "checkpoint-*/*")
+
+
+def kept(folder):
+    return {pattern: files(folder, pattern) for pattern in KEPT}
+
+
+@pytest.mark.parametrize("steps", [4, 6])  # within an epoch, and at the end of one
+def test_nothing_is_trained_behind_the_last_step(tmp_path, capsys, steps):
+    whole = interrupted.run("full", tmp_path, max_steps=steps)
+    before = kept(tmp_path)
+    resumed = interrupted.run("full", tmp_path, resume="auto", max_steps=steps)
+    assert len(resumed.weights) == 1, "no step began"
+    assert_equal_weights(resumed.weights[-1], whole.weights[-1])
+    assert kept(tmp_path) == before
+    assert f"the run ended after {steps} steps; raise max_steps" in capsys.readouterr().out
+    further = interrupted.run("full", tmp_path, resume=True, max_steps=steps + 2)
+    assert len(further.weights) == 3
+
+
+def test_nothing_is_trained_when_the_time_is_spent(tmp_path, capsys):
+    def run(seconds, resume=None):
+        clock = TrainingClock(seconds, every=1e6)
+        return interrupted.run("ngram", tmp_path, resume=resume, callbacks=[clock], save_strategy="no")
+
+    assert run(1e-9).trainer.state.global_step == 1
+    assert len(run(1e-9, resume=True).weights) == 1
+    assert "max_train_seconds=1e-09 are spent; raise them to go on" in capsys.readouterr().out
+    assert run(1e6, resume=True).trainer.state.global_step == 6
+
+
+def test_of_a_run_that_stopped_early_the_best_model_is_loaded(tmp_path):
+    values = [3.0, 1.0, 2.0, 1.5, 0.5]
+    stopping_run(tmp_path, values, steps=5)
+    before = kept(tmp_path)
+    resumed = stopping_run(tmp_path, values, steps=5, resume=True)
+    resumed.trainer.save_model()
+    saved, best = (load_file(tmp_path / name / "model.safetensors") for name in ("", "checkpoint-2"))
+    assert all(saved[name].equal(best[name]) for name in saved)
+    assert kept(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["ebft"],
+        ["ebft", "--use_peft", "--lora_r", "2", "--learning_rate", "1e-3"],
+        ["sft"],
+        ["rlvr", "--reward", "bleu", "--max_completion_length", "4"],
+    ],
+)
+def test_a_run_killed_before_its_model_was_written_has_it_written(tmp_path, method, capsys):
+    """Three steps, where two make an epoch: transformers alone would train a fourth."""
+    small_model().save_pretrained(tmp_path / "model")
+    byte_bpe_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"count {i} and then", "completion": f" {i + 1} or {i + 2}"} for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "my.jsonl")]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--use_cpu", "--max_length", "64"]
+    words += ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "2", "--save_steps", "1"]
+    command = ["train", *words, "--resume_from_checkpoint", "auto", "--method", *method]
+    assert main(command) == 0, capsys.readouterr().err
+    [model] = (tmp_path / "run").glob("*.safetensors")
+    before, whole = kept(tmp_path / "run"), model.read_bytes()
+    model.write_bytes(whole[: len(whole) // 2])
+    assert main(command) == 0, capsys.readouterr().err
+    assert model.read_bytes() == whole
+    assert kept(tmp_path / "run") == before
+    assert [record["step"] for record in read_metrics(tmp_path / "run")][-1] == 3
+    assert "Nothing is left to train behind" in capsys.readouterr().out

@@ -1,9 +1,9 @@
 """Kills runs at random moments and resumes them: `python -m benchmarks.faults --kills 100`.
 
 Tiny runs of each kind ({full, LoRA} x {one process, DDP, FSDP2}, streamed and packed data) are ended by SIGKILL or
-SIGTERM, some while a checkpoint or the final model is being written, and go on with `resume_from_checkpoint="auto"`, as a
-scheduler's requeue would.
-What they leave is compared with an unbroken run: final model, weights, optimiser, random state, metrics and rollouts, to the bit.
+SIGTERM, some while a checkpoint or the final model is being written, and go on with `resume_from_checkpoint="auto"`,
+as a scheduler's requeue would. What they leave is compared with an unbroken run: final model, weights, optimiser,
+random state, metrics and rollouts, to the bit.
 The processes are forked from one that has imported everything already, so that a start costs a second.
 """
 

@@ -219,12 +219,13 @@ def test_features_of_few_bits_are_the_bases(tmp_path, bits):
 
 
 @needs_bitsandbytes
-def test_resume_on_few_bits(tmp_path):
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_resume_on_few_bits(tmp_path, bits):
     """Only the adapter is saved, and a resumed run ends in the same bits."""
     base = saved_base(tmp_path / "base")
     settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
     options = dict(settings=settings, peft_config=lora("q_proj", "up_proj"))
-    options["quantization_config"] = BitsAndBytesConfig(**FOUR)
+    options["quantization_config"] = BitsAndBytesConfig(**BITS[bits])
     whole = train(base, ROWS, tmp_path / "whole", **options)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert not (checkpoint / "model.safetensors").exists()
@@ -238,15 +239,16 @@ def test_resume_on_few_bits(tmp_path):
 
 
 @needs_bitsandbytes
-def test_few_bits_by_command(tmp_path, capsys):
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_few_bits_by_command(tmp_path, capsys, bits):
     """Trained, evaluated and merged; without an adapter refused before anything is read."""
     base, out, merged = saved_base(tmp_path / "base"), str(tmp_path / "run"), str(tmp_path / "merged")
     data = tmp_path / "data.jsonl"
     data.write_text(4 * (json.dumps({"text": "the fox sleeps under a tree " * 3}) + "\n"))
-    words = ["--model_name_or_path", base, "--dataset_name", str(data), "--load_in_4bit", "true"]
+    words = ["--model_name_or_path", base, "--dataset_name", str(data), f"--load_in_{bits}bit", "true"]
     words += ["--max_length", "40", "--max_steps", "1", "--use_cpu", "true", "--report_to", "none"]
     assert main(["train", *words, "--output_dir", out]) == 2
-    assert "load_in_4bit" in (error := capsys.readouterr().err) and "add use_peft: true" in error
+    assert f"load_in_{bits}bit" in (error := capsys.readouterr().err) and "add use_peft: true" in error
     assert main(["plan", *words, "--output_dir", out]) == 2
     assert main(["train", *words, "--use_peft", "--output_dir", out]) == 0
     assert main(["merge", out, "--output_dir", merged, "--dtype", "bfloat16"]) == 0

@@ -60,12 +60,12 @@ def test_what_is_not_whole_does_not_count(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-best"]
 
 
-def test_checkpoints_from_before_there_were_manifests(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+def test_a_checkpoint_killed_before_its_mark_does_not_count(tmp_path):
+    write(tmp_path, 2)
+    (tmp_path / "checkpoint-4").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    check_whole(tmp_path / "checkpoint-2")
+    tidy(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 def test_the_same_step_saved_again_is_never_without_a_whole_checkpoint(tmp_path):
@@ -116,6 +116,7 @@ DAMAGES = {
     "optimizer.pt has 100 bytes of 140,000": truncate,
     "model.safetensors has other contents than when it was written": flip,
     "trainer_state.json is missing": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "manifest.json is missing": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
     "manifest.json cannot be read": lambda checkpoint: (checkpoint / "manifest.json").write_text("{"),
 }
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 
 import oracles
 import step_oracle
@@ -14,6 +16,7 @@ from ebft.cli.arguments import parse
 from ebft.cli.plan import make_plan
 from ebft.cli.train import run as run_train
 from ebft.forward import packs
+from ebft.models import complete_stop_token_ids
 from ebft.rollout import sample_rollouts
 from enumeration import VOCAB, G, mean_estimate
 from test_trainer_step import LORA, check_step, oracle_documents
@@ -310,6 +313,21 @@ def test_stop_tokens_are_the_models_and_the_tokenizers(tmp_path):
     model.generation_config.eos_token_id = [7, 9]
     ours = trainer(model, rows(), tmp_path, settings={k: v for k, v in SETTINGS.items() if k != "stop_token_ids"})
     assert ours.args.stop_token_ids == sorted([END_OF_TEXT, 7, 9])
+
+
+@pytest.mark.parametrize(("revision", "end"), [({}, 7), ({"revision": "v1"}, 9)])
+def test_stop_tokens_are_those_of_the_revision(tmp_path, monkeypatch, revision, end):
+    for name, token in (("main", 7), ("v1", 9)):
+        folder = tmp_path / "models--ours--tiny" / "snapshots" / name
+        folder.mkdir(parents=True)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+        (tmp_path / "models--ours--tiny" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--ours--tiny" / "refs" / name).write_text(name)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    args: Any = SimpleNamespace(rollout="completion", stop_token_ids=None, model_init_kwargs=revision)
+    complete_stop_token_ids(args, "ours/tiny", TOKENIZER)
+    assert args.stop_token_ids == sorted([END_OF_TEXT, end])
 
 
 def test_command_line(tmp_path):

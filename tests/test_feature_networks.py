@@ -9,13 +9,12 @@ from transformers import TrainerCallback
 
 import step_oracle
 from ebft import FeatureNetwork
-from ebft.checkpoints import MANIFEST
 from ebft.feature_models import load_feature_network, weights_hash
 from ebft.models import load_policy
 from ebft.moving_average import FILE
 from test_trainer_step import LORA, PROMPTED, oracle_documents
 from tiny_models import tiny_model
-from training import config, documents, files, read_rollouts, relative_error, small_model, train
+from training import config, documents, files, read_rollouts, relative_error, reseal, small_model, train
 
 ROWS = documents([23, 17, 30, 12])
 SAVING = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
@@ -93,8 +92,8 @@ def test_average_is_part_of_a_checkpoint(tmp_path):
         model = small_model(dtype=torch.float64, scale=4.0)
         with pytest.raises(ValueError, match="was trained with the feature network .*'ema': '0.7'"):
             train(model, ROWS, tmp_path / "x", settings=SAVING | other, resume=str(checkpoint))
-    (checkpoint / MANIFEST).unlink()  # which would miss the file first
     (checkpoint / FILE).unlink()
+    reseal(checkpoint)
     with pytest.raises(ValueError, match=f"has no {FILE}"):
         run_with_averages(tmp_path / "other", settings=SAVING, resume=str(checkpoint))
 

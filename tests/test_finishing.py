@@ -6,8 +6,11 @@ import pytest
 from safetensors.torch import load_file
 
 import interrupted
+from ebft import EBFTConfig, artifacts
 from ebft.callbacks import TrainingClock
 from ebft.cli import main
+from ebft.cli.train import find_checkpoint
+from ebft.locks import is_locked
 from test_best_model import stopping_run
 from tiny import byte_bpe_tokenizer
 from training import assert_equal_weights, files, read_metrics, small_model
@@ -82,3 +85,15 @@ def test_a_run_killed_before_its_model_was_written_has_it_written(tmp_path, meth
     assert kept(tmp_path / "run") == before
     assert [record["step"] for record in read_metrics(tmp_path / "run")][-1] == 3
     assert "Nothing is left to train behind" in capsys.readouterr().out
+
+
+def test_no_other_run_begins_while_a_start_is_forgotten(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    seen = []
+    monkeypatch.setattr(artifacts, "forget_start", lambda folder: seen.append(is_locked(folder, artifacts.LOCK)))
+    args = EBFTConfig(str(tmp_path), resume_from_checkpoint="auto", use_cpu=True, report_to=[])
+    assert find_checkpoint(args) is None and seen == [True]
+    assert find_checkpoint(args, writes=False) is None and seen == [True]
+    assert not is_locked(tmp_path, artifacts.LOCK)
+    monkeypatch.setenv("RANK", "1")  # the first process does it
+    assert find_checkpoint(args) is None and seen == [True]

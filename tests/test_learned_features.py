@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ebft import EBFTTrainer, FeatureNetwork, rewards
-from ebft.checkpoints import MANIFEST
 from ebft.feature_models import load_feature_network
 from ebft.learned_features import SIZE, SMOOTHING, Classifier, LearnedFeatures, classification
 from ebft.moving_average import FILE
 from ragged import ragged_batch, random_tokens
 from test_trainer_step import LORA
 from tiny_models import tiny_model
-from training import assert_equal_weights, config, documents, files, small_model, train
+from training import assert_equal_weights, config, documents, files, reseal, small_model, train
 
 ROWS = documents([23, 17, 30, 12])
 LEARNED = dict(feature_network="learned", feature_classifier_learning_rate=0.05)
@@ -177,8 +176,8 @@ def test_classifier_is_part_of_a_checkpoint(tmp_path):
 
     with pytest.raises(ValueError, match="was trained with the feature network"):
         train(small_model(dtype=torch.float64, scale=4.0), ROWS, tmp_path / "x", resume=str(checkpoint))
-    (checkpoint / MANIFEST).unlink()  # which would miss the file first
     (checkpoint / FILE).unlink()
+    reseal(checkpoint)
     with pytest.raises(ValueError, match=f"has no {FILE}"):
         learning_run(tmp_path / "other", resume=str(checkpoint))
 

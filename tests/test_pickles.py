@@ -12,7 +12,6 @@ import torch.distributed.checkpoint as dcp
 from datasets import Dataset
 
 from ebft import EBFTTrainer, pickles
-from ebft.checkpoints import MANIFEST
 from ebft.cli import main
 from ebft.evaluation.weights import check_weights
 from ebft.feature_models import load_feature_network
@@ -21,7 +20,7 @@ from ebft.models import load_policy
 from ebft.pretrained import load_config, load_tokenizer, read_weights
 from ebft.text_features import EncoderReader
 from tiny import byte_bpe_tokenizer
-from training import config, documents, small_model, train
+from training import config, documents, reseal, small_model, train
 
 SAVING = dict(max_steps=1, save_strategy="steps", save_steps=1, optim="adamw_torch")
 
@@ -80,12 +79,13 @@ def test_a_model_that_is_a_pickle_is_refused(model, mark, tmp_path):
 
 def test_weights_elsewhere_are_refused(model, run, tmp_path):
     """Also where they are in a checkpoint that is resumed."""
-    copy_of(run, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     refused = r"names '\.\./elsewhere.safetensors', which is not in its folder"
     for folder in (model, tmp_path / "run" / "checkpoint-1"):
         (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
         names = {"weight_map": dict.fromkeys(("a", "b"), "../elsewhere.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(names))
+    reseal(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(ValueError, match=f"model_name_or_path: .*{refused}"):
         load_policy(str(model), config(tmp_path / "other"))
     with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{refused}"):
@@ -111,25 +111,21 @@ def resume(folder: Path) -> None:
     train(small_model(), documents([30] * 4), folder, True, settings=SAVING | {"max_steps": 2})
 
 
-def copy_of(run, folder):
-    """Without the manifest, which whoever writes a checkpoint writes as well."""
-    shutil.copytree(run, folder)
-    (folder / "checkpoint-1" / MANIFEST).unlink()
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_with_a_hostile_pickle_is_not_resumed(run, tmp_path, mark, name):
-    copy_of(run, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-1" / name).exists()
     torch.save({"a": Hostile(mark)}, tmp_path / "run" / "checkpoint-1" / name)
+    reseal(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*holds more than data .* resume from another"):
         resume(tmp_path / "run")
 
 
 def test_a_checkpoint_whose_weights_are_a_pickle_is_not_resumed(run, tmp_path, mark):
-    copy_of(run, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-1" / "model.safetensors").unlink()
     torch.save({"a": Hostile(mark)}, tmp_path / "run" / "checkpoint-1" / "pytorch_model.bin")
+    reseal(tmp_path / "run" / "checkpoint-1")
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=.* pytorch_model\.bin, a pickle"):
         resume(tmp_path / "run")
 

@@ -5,7 +5,6 @@ import json
 import warnings
 
 import pytest
-import yaml
 from datasets import Dataset, load_dataset
 
 from ebft.cli.arguments import DataArguments, MethodArguments, ModelArguments
@@ -79,17 +78,6 @@ def test_what_may_change_with_a_warning(checkpoint, change, processes, said):
 def test_what_may_not_change(checkpoint, change, processes, said):
     with pytest.raises(ValueError, match=f"was written with other settings .{said}.: set them back, or start a new"):
         check_settings(checkpoint, SETTINGS | change, processes)
-
-
-def test_without_a_manifest_the_settings_beside_the_checkpoint_count(tmp_path):
-    folder = tmp_path / "checkpoint-2"
-    folder.mkdir()
-    check_settings(folder, SETTINGS, 1)
-    (tmp_path / "resolved_config.yaml").write_text(yaml.safe_dump(SETTINGS))
-    check_settings(folder, SETTINGS, 3)  # of how many processes is not known
-    with pytest.raises(ValueError, match="learning_rate 0.01 -> 0.1"):
-        check_settings(folder, SETTINGS | {"learning_rate": 0.1}, 1)
-    check_data(folder, {"rows": 1})
 
 
 def test_other_data_are_refused(checkpoint):

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 
 import interrupted
-from training import assert_equal_weights, documents, files, read_metrics, small_model, train, trainer
+from ebft.checkpoints import begin
+from training import assert_equal_weights, documents, files, read_metrics, reseal, small_model, train, trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,9 @@ def test_killed_and_resumed_equals_unbroken(unbroken, tmp_path, kind):
     kill_run(kind, tmp_path, step, moment)
     assert files(tmp_path, "checkpoint-*/trainer_state.json")
     # Two checkpoints that a kill left half-written, both newer than any whole one.
-    (tmp_path / "checkpoint-8").mkdir()
-    (tmp_path / "checkpoint-9").mkdir()
+    begin(tmp_path / "checkpoint-8")
     (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9,')
+    (tmp_path / "checkpoint-9").mkdir()
 
     resumed, whole = interrupted.run(kind, tmp_path, resume=True), unbroken(kind)
     assert len(resumed.weights) < len(whole.weights) == 7, "it started over"
@@ -88,10 +88,10 @@ def altered_record(whole, folder, change):
     """A copy of a run whose checkpoints say something else of its kernel."""
     shutil.copytree(whole.folder, folder)
     for path in folder.glob("checkpoint-*/trainer_state.json"):
-        (path.parent / "manifest.json").unlink()  # as in checkpoints from before there were manifests
         state = json.loads(path.read_text())
         change(state["stateful_callbacks"]["KernelRecord"]["attributes"]["record"])
         path.write_text(json.dumps(state))
+        reseal(path.parent)
     return folder
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ebft import EBFTConfig, EBFTTrainer
+from ebft.checkpoints import MANIFEST, checksums, files_of, read_manifest
 from ebft.sharding import whole
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model
@@ -61,6 +62,13 @@ def documents(lengths, vocabulary=61, seed=0, prompts=None) -> list[dict]:
     for row, prompt in zip(rows, prompts or [], strict=False):
         row["completion_mask"] = [int(p >= prompt) for p in range(len(row["input_ids"]))]
     return rows
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make the manifest of an altered checkpoint say what is there, as whoever alters one can."""
+    manifest = read_manifest(checkpoint)
+    manifest["files"] = checksums(checkpoint, files_of(checkpoint))
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 class Weights(TrainerCallback):

@@ -54,7 +54,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     Args:
         seconds: The budget; None for no end.
-        every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others, but for the end
+        every: Save a checkpoint after each so many seconds, and at the end; None leaves that to others, the end to us
             where `save_strategy` is `steps`.
     """
 

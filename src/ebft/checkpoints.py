@@ -39,13 +39,7 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end; what happened to its files since then is for `check_whole`."""
     if (checkpoint / UNFINISHED).exists():
         return False
-    if (checkpoint / MANIFEST).exists():
-        return True
-    try:  # from before there were manifests: the trainer's state was the last file
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    return checkpoint.is_dir() and any(checkpoint.iterdir())  # empty, it was killed before it was marked
 
 
 def begin(checkpoint: Path) -> None:
@@ -106,22 +100,22 @@ def seal(checkpoint: Path, files: dict[str, list[int]], about: dict[str, Any]) -
     shutil.rmtree(checkpoint.with_name(REPLACED + checkpoint.name), ignore_errors=True)
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint; None if it was written before there were any.
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: It is damaged, or not there.
     """
     try:
         return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        raise ValueError(_damage(checkpoint, f"{MANIFEST} is missing")) from None
     except (OSError, ValueError) as error:
         raise ValueError(_damage(checkpoint, f"{MANIFEST} cannot be read ({error})")) from error
 
 
 def check_whole(checkpoint: Path, contents: bool = True) -> None:
-    """Compare a checkpoint with its manifest; without one there is nothing to compare with.
+    """Compare a checkpoint with its manifest.
 
     Args:
         checkpoint: Its folder.
@@ -131,15 +125,12 @@ def check_whole(checkpoint: Path, contents: bool = True) -> None:
         ValueError: It is no whole checkpoint, or damaged, or holds the model alone; the message names the file and
             the next older whole checkpoint.
     """
+    if found := last_complete_checkpoint(checkpoint):
+        raise ValueError(f"resume_from_checkpoint='{checkpoint}' is a run's folder: name {found}, its newest one.")
     if not is_whole(checkpoint):
         reason = "its writing was cut off" if checkpoint.is_dir() else "there is no such folder"
-        found = last_complete_checkpoint(checkpoint)
-        if found:
-            raise ValueError(f"resume_from_checkpoint='{checkpoint}' is a run's folder: name {found}, its newest one.")
         raise ValueError(_unusable(checkpoint, f"is not a whole checkpoint: {reason}"))
     manifest = read_manifest(checkpoint)
-    if manifest is None:
-        return
     if manifest.get("model_only"):
         raise ValueError(
             f"resume_from_checkpoint='{checkpoint}' holds the model without the optimiser (save_only_model: true): no "

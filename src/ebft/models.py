@@ -147,7 +147,8 @@ def complete_stop_token_ids(args, model: str | nn.Module, processing_class) -> N
         config = causal_lm(model).generation_config
     else:
         with suppress(OSError):  # there need not be any
-            config = GenerationConfig.from_pretrained(model)
+            revision = (args.model_init_kwargs or {}).get("revision") or "main"
+            config = GenerationConfig.from_pretrained(model, revision=revision)
     args.stop_token_ids = end_ids(config, processing_class)
 
 

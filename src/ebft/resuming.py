@@ -5,9 +5,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .artifacts import SETTINGS
 from .checkpoints import read_manifest
 from .config import EBFTConfig
 
@@ -51,7 +48,7 @@ def check_settings(checkpoint: Path, settings: dict[str, Any], processes: int) -
     """Compare the settings of this run with those of the checkpoint.
 
     Args:
-        checkpoint: What is resumed; without a manifest, the settings beside it count.
+        checkpoint: What is resumed.
         settings: As `resolved_config.yaml` has them.
         processes: How many train.
 
@@ -59,10 +56,7 @@ def check_settings(checkpoint: Path, settings: dict[str, Any], processes: int) -
         ValueError: One differs that may not; the message names it, both values and the remedy.
     """
     manifest = read_manifest(checkpoint)
-    before = manifest["settings"] if manifest else _settings_beside(checkpoint)
-    if before is None:
-        return
-    before_processes = manifest["processes"] if manifest else before.get("num_processes", processes)
+    before, before_processes = manifest["settings"], manifest["processes"]
     changed = _changed(before | {"num_processes": before_processes}, settings | {"num_processes": processes})
     allowed = {*FREE, *WARNED}
     if _documents(before, before_processes) == _documents(settings, processes):
@@ -78,11 +72,6 @@ def check_settings(checkpoint: Path, settings: dict[str, Any], processes: int) -
         warnings.warn(
             f"resuming with other settings ({_text(told)}): no longer the unbroken run, to the bit", stacklevel=3
         )
-
-
-def _settings_beside(checkpoint: Path) -> dict[str, Any] | None:
-    path = checkpoint.parent / SETTINGS
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -113,14 +102,13 @@ def check_data(checkpoint: Path, data: dict[str, Any]) -> None:
     """Compare the training data with those of the checkpoint.
 
     Args:
-        checkpoint: What is resumed; one without a manifest says nothing of its data.
+        checkpoint: What is resumed; that of a run whose data are a trainer's of TRL says nothing of them.
         data: What `data.fingerprint` says of this run's.
 
     Raises:
         ValueError: They differ.
     """
-    manifest = read_manifest(checkpoint)
-    before = manifest.get("data") if manifest else None
+    before = read_manifest(checkpoint).get("data")
     if before is None or before == data:
         return
     changed = {name: (before.get(name), data.get(name)) for name in before if before.get(name) != data.get(name)}

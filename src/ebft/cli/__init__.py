@@ -1,6 +1,7 @@
 """The `ebft` command: finds the verb, imports it alone, and turns a user's mistake into one line and exit status 2."""
 
 import difflib
+import logging
 import os
 import sys
 import time
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(ebft.__version__)
         return 0
+    # PEFT imports bitsandbytes where it is, which warns on some CPUs that it could not fetch code for them.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     verb, *options = words
     if verb not in VERBS:
         nearest = difflib.get_close_matches(verb, VERBS, n=1)

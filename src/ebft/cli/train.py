@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,23 +263,31 @@ def find_checkpoint(training: EBFTConfig, contents: bool = True, writes: bool = 
         ValueError: There is no such checkpoint, or it is damaged; the output folder cannot be written to, another run
             is at work there, or a new run would mix with one in it.
     """
-    from ebft.artifacts import LOCK, check_output_dir, forget_start
-    from ebft.checkpoints import check_whole, last_complete_checkpoint
+    from ebft.artifacts import LOCK, check_output_dir
     from ebft.locks import lock
 
-    wanted, output_dir = str(training.resume_from_checkpoint).lower(), Path(str(training.output_dir))
+    wanted, output_dir = str(training.resume_from_checkpoint), Path(str(training.output_dir))
     check_output_dir(output_dir, resuming=True)
-    if writes and "LOCAL_RANK" not in os.environ:  # else the process that started this one has looked
-        lock(output_dir, LOCK, "ebft train").release()
-    if wanted in ("none", "false"):
+    writes &= os.environ.get("RANK", "0") == "0"
+    with ExitStack() as held:
+        if writes:
+            held.callback(lock(output_dir, LOCK, "ebft train").release)  # no other run begins while we look
+        return _found_checkpoint(wanted, output_dir, contents, writes)
+
+
+def _found_checkpoint(wanted: str, output_dir: Path, contents: bool, writes: bool) -> str | None:
+    from ebft.artifacts import check_output_dir, forget_start
+    from ebft.checkpoints import check_whole, last_complete_checkpoint
+
+    if wanted.lower() in ("none", "false"):
         check_output_dir(output_dir, resuming=False)
         return None
     last = last_complete_checkpoint(output_dir)
-    if wanted == "auto" and last is None:
+    if wanted.lower() == "auto" and last is None:
         if writes:
             forget_start(output_dir)
         return None
-    if wanted in ("last", "true", "auto"):
+    if wanted.lower() in ("last", "true", "auto"):
         if last is None:
             raise ValueError(
                 f"resume_from_checkpoint: {output_dir} holds no checkpoint; remove the option to start anew, or give "
@@ -286,7 +295,7 @@ def find_checkpoint(training: EBFTConfig, contents: bool = True, writes: bool = 
             )
         found = last
     else:
-        found = str(training.resume_from_checkpoint)
+        found = wanted
         if not Path(found).is_dir():
             raise ValueError(f"resume_from_checkpoint: no folder {found}; give a checkpoint's folder or `last`")
     check_whole(Path(found), contents)

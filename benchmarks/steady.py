@@ -95,13 +95,14 @@ def summary(rows: list[dict[str, float]], warmup: int) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, size: int) -> None:
-    """Documents of random letters, until the file has `size` bytes."""
+    """Documents of random letters, the same thousand again and again, until the file has `size` bytes."""
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
     generator = np.random.default_rng(0)
+    text = letters[generator.integers(len(letters), size=(1000, 30))]
+    rows = b"".join(b'{"text": "' + row.tobytes() + b'"}\n' for row in text)
     with open(path, "wb") as file:
         while file.tell() < size:
-            text = letters[generator.integers(len(letters), size=(1000, 30))]
-            file.writelines(b'{"text": "' + row.tobytes() + b'"}\n' for row in text)
+            file.write(rows)
 
 
 def streamed(path: Path, folder: Path, steps: int, **settings: Any) -> EBFTTrainer:

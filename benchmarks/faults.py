@@ -193,6 +193,7 @@ def run(kind: str, folder: Path, pipe: int | None) -> int:
         ours.train(resume_from_checkpoint="auto")
         tell("writing", STEPS)
         ours.save_model()
+        tell("written", STEPS)
     except SystemExit as left:
         return int(left.code or 0)
     except BaseException:  # noqa: BLE001 - whatever it is, the parent prints it

@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 PATIENCE = 300  # seconds without any event, after which a start is taken to hang
 # What a kill waits for, and how likely it is. Behind the event comes a random share of what usually follows it.
-AIMS = {"start": 0.15, "step": 0.3, "saving": 0.4, "writing": 0.15}
+AIMS = {"start": 0.15, "step": 0.25, "saving": 0.3, "writing": 0.3}
 
 
 @dataclass
@@ -263,7 +263,7 @@ class Victims:
                     break
             else:
                 return None
-        for _ in child.events(until=time.monotonic() + chance.uniform(0, 1.3 * self.typical.get(aim, 0.5))):
+        for _ in child.events(until=time.monotonic() + chance.uniform(0, 0.8 * self.typical.get(aim, 0.5))):
             pass
         ranks = list(range(len(child.pids)))
         # A scheduler signals all processes; a machine that fails takes one.

@@ -57,6 +57,8 @@ LONG = dict(
 )
 LONG_RUNS = {"long": dict(rows=MIXED, **LONG), "long_lora": dict(rows=MIXED, adapted=True, **LONG)}
 ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
+# DeepSpeed's ZeRO, in processes of its own: accelerate cannot change engines once it has begun.
+ZERO = dict.fromkeys(("full", "no_cross_entropy", "lora", "stream", "learned", "completions"), 2) | {"ngram": 1}
 
 
 def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None, dtype=None, **more):
@@ -80,6 +82,13 @@ def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, r
     return train(model, rows, folder, resume, settings=settings, trainer_class=trainer_class, **keywords)
 
 
+def zero(stage: int) -> dict:
+    """DeepSpeed's settings, for any optimiser and in the model's precision."""
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    freely = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return dict.fromkeys(auto, "auto") | freely | {"zero_optimization": {"stage": stage}}
+
+
 class SecondRankPoisoned(EBFTTrainer):
     """The rewards of the second process are not numbers, in the second step."""
 
@@ -99,8 +108,28 @@ def main(folder: Path) -> None:
                 torch.save(finished.weights, folder / engine / f"{name}_{dist.get_rank()}.pt")
             if name in LONG_RUNS:
                 finished.trainer.save_model()
+    stop_at_the_poison(folder)
+
+
+def zero_main(folder: Path) -> None:
+    """The cases of ZeRO, and the long ones once more from their middle."""
+    for name, stage in (ZERO | dict.fromkeys(LONG_RUNS, 2)).items():
+        finished = run(name, folder / name, processes=2, deepspeed=zero(stage))
+        assert finished.trainer.model_wrapped.zero_optimization_stage() == stage
+        torch.save(finished.weights, folder / f"{name}_{dist.get_rank()}.pt")
+    for name in LONG_RUNS:
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / name, folder / "resumed" / name)
+        dist.barrier()
+        copy = folder / "resumed" / name
+        finished = run(name, copy, processes=2, deepspeed=zero(2), resume=str(copy / "checkpoint-5"))
+        torch.save(finished.weights, folder / "resumed" / f"{name}_{dist.get_rank()}.pt")
+    stop_at_the_poison(folder, deepspeed=zero(2))
+
+
+def stop_at_the_poison(folder: Path, **settings) -> None:
     try:
-        run("packed", folder / "poisoned", processes=2, trainer_class=SecondRankPoisoned)
+        run("packed", folder / "poisoned", processes=2, trainer_class=SecondRankPoisoned, **settings)
     except FloatingPointError as error:
         (folder / f"error_{dist.get_rank()}.txt").write_text(str(error))
 
@@ -120,7 +149,9 @@ def resumed(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    if "--resume" in sys.argv:
+    if "--zero" in sys.argv:
+        zero_main(where)
+    elif "--resume" in sys.argv:
         dist.init_process_group("gloo")
         resumed(where, dist.get_world_size())
     else:

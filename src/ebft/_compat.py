@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_available
 
 # Fields of TrainingArguments that the command line may give as JSON.
 DICT_FIELDS: list[str] = TrainingArguments._VALID_DICT_FIELDS
@@ -81,6 +82,17 @@ def no_epochs_where(trainer: Trainer, finished: Callable[[str, int], bool]) -> N
         return loop(batch_size, **options)
 
     inner._inner_training_loop = train
+
+
+def deepspeed_classes() -> list[Any]:
+    """What DeepSpeed's checkpoints name besides tensors and plain data; none where it is not installed."""
+    if not is_deepspeed_available():
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def prepare_fsdp2(accelerator: Any, precision: MixedPrecisionPolicy) -> None:

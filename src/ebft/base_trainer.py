@@ -38,7 +38,7 @@ from .model_card import write_model_card
 from .moving_average import MovingAverage
 from .preemption import Preemption, Stopped, spare_workers
 from .recorder import StepRecorder
-from .resuming import check_data, check_feature_network, check_settings
+from .resuming import check_data, check_feature_network, check_run
 from .saving import save_whole_checkpoints
 from .scoring import Scorer, kernel_of, resumed_kernel
 from .sharding import agreed, precision
@@ -212,7 +212,7 @@ class RecordedTrainer(Trainer):
         if checkpoint:
             step = self._check_records(checkpoint)
             check_resume(self.output_dir, checkpoint)
-            self.on_first_process(lambda: check_settings(Path(checkpoint), self.settings, self.args.world_size))
+            self.on_first_process(lambda: check_run(Path(checkpoint), self.settings, self.args))
         self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()
         self.run_folder.start(self.settings, step)
@@ -324,12 +324,19 @@ class RecordedTrainer(Trainer):
         return loss
 
     def check_step_is_finite(self) -> None:
-        """Stop the run before the optimiser's step if loss or gradient is not finite on any rank.
+        """Stop the run before the optimiser's step, with DeepSpeed behind it, if loss or gradient is not finite.
 
         Raises:
-            FloatingPointError: On every rank; the step's inputs are in `output_dir/nonfinite_step_*`.
+            FloatingPointError: On every rank, if they are not on one; the step's inputs are in
+                `output_dir/nonfinite_step_*`.
         """
         loss, norm = self.recorder.norms(self.model)
+        when = "before the optimiser's step"
+        if self.is_deepspeed_enabled:  # its backward pass makes the step, too
+            found = cast(
+                Any, self.model_wrapped
+            ).get_global_grad_norm()  # none where DeepSpeed is told not to compute it
+            norm, when = torch.as_tensor(found or 0.0).cpu(), "behind the step"
         broken = ~(torch.isfinite(norm) & torch.isfinite(loss))
         if not self.sum_over_ranks(broken.double()[None]).item():
             return
@@ -338,7 +345,7 @@ class RecordedTrainer(Trainer):
         self.recorder.save_inputs(folder, self.args.process_index)
         raise FloatingPointError(
             f"Step {step} has loss {float(loss):g} and gradient norm {float(norm):g} on rank "
-            f"{self.args.process_index}: stopped before the optimiser's step. Its inputs are in {folder}; look there, "
+            f"{self.args.process_index}: stopped {when}. Its inputs are in {folder}; look there, "
             "lower learning_rate, or resume from the last checkpoint."
         )
 

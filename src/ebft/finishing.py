@@ -1,5 +1,6 @@
 """A resumed run that has come to its end: its weights are loaded, to be saved or used, and nothing is trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer
@@ -8,7 +9,7 @@ from ._compat import no_epochs_where
 from .callbacks import why_finished
 
 
-def train_no_further(trainer: Trainer) -> None:
+def train_no_further(trainer: Trainer, check: Callable[[Path], None] | None = None) -> None:
     """From now on, have a Trainer that resumes a finished run load its last checkpoint, or its best, and end.
 
     What a run lacks that was killed between its last checkpoint and the writing of its model can then be done.
@@ -16,9 +17,12 @@ def train_no_further(trainer: Trainer) -> None:
 
     Args:
         trainer: Any Trainer.
+        check: Called with the checkpoint of a resume before it is loaded, to refuse it.
     """
 
     def finished(checkpoint: str, max_steps: int) -> bool:
+        if check is not None:
+            check(Path(checkpoint))
         reason = why_finished(trainer.callback_handler.callbacks, trainer.args, Path(checkpoint), max_steps)
         if reason and trainer.args.process_index == 0:
             print(f"Nothing is left to train behind {checkpoint}: {reason}", flush=True)

@@ -12,6 +12,9 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.utils import has_file
 
+from ._compat import deepspeed_classes
+from .checkpoints import DEEPSPEED
+
 # For `from_pretrained`: also of a model whose config asks for code of its own, without a question on the terminal.
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
@@ -120,12 +123,25 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
         check_indices(str(checkpoint), "resume_from_checkpoint")
         for path in sorted(Path(checkpoint).rglob(".metadata")):
             _check_metadata(path)
+        for path in sorted(Path(checkpoint).glob(f"{DEEPSPEED}/*.pt")):
+            _check_states(path)
     try:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"resume_from_checkpoint='{checkpoint}': one of its .pt or .pth files holds more than data or is damaged, "
             "and was not read: resume from another checkpoint."
+        ) from error
+
+
+def _check_states(path: Path) -> None:
+    """DeepSpeed reads its files without restriction; read here with it, from the disk only as far as it needs."""
+    try:
+        with torch.serialization.safe_globals(deepspeed_classes()):
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {path} holds more than data or is damaged: resume from another checkpoint."
         ) from error
 
 

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_manifest
+from .checkpoints import DEEPSPEED, read_manifest
 from .config import EBFTConfig
 
 # The weights do not depend on these: logging, evaluation, saving, loading, where things are. Of data and feature
@@ -42,6 +42,34 @@ WARNED = (
 # They may change together: the documents of a step, which are their product, may not.
 DOCUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 DOCS = "docs/reliability.md lists what may change"
+
+
+def check_run(checkpoint: Path, settings: dict[str, Any], args: Any) -> None:
+    """Compare this run with the one that wrote a checkpoint: its settings, and what its optimiser's state is for.
+
+    Args:
+        checkpoint: What is resumed.
+        settings: As `resolved_config.yaml` has them.
+        args: The run's TrainingArguments.
+
+    Raises:
+        ValueError: A setting differs that may not; or one of the two runs is DeepSpeed's and the other is not, or of
+            another number of processes, and the optimiser's state would be lost.
+    """
+    check_settings(checkpoint, settings, args.world_size)
+    processes, ours = read_manifest(checkpoint)["processes"], getattr(args, "deepspeed_plugin", None) is not None
+    theirs = any(checkpoint.glob(DEEPSPEED))
+    if theirs != ours:
+        so = "with" if theirs else "without"
+        raise ValueError(
+            f"resume_from_checkpoint='{checkpoint}' was written {so} DeepSpeed: go on {so} it, or start a new run "
+            f"from its weights with model_name_or_path: {checkpoint}."
+        )
+    if theirs and processes != args.world_size:
+        raise ValueError(
+            f"resume_from_checkpoint='{checkpoint}' was written by {processes} processes, and DeepSpeed goes on with "
+            f"as many alone, not with {args.world_size}."
+        )
 
 
 def check_settings(checkpoint: Path, settings: dict[str, Any], processes: int) -> None:

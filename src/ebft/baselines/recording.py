@@ -10,7 +10,7 @@ from ..callbacks import StepLine
 from ..config import EBFTConfig
 from ..finishing import train_no_further
 from ..preemption import Preemption
-from ..resuming import check_settings
+from ..resuming import check_run
 from ..saving import save_whole_checkpoints
 from .settings import LEARNING_RATES, read_by_ebft_alone
 
@@ -36,7 +36,7 @@ def recorded(
     trainer.add_callback(RunRecord(folder, settings, names))
     trainer.add_callback(Preemption(trainer))
     save_whole_checkpoints(trainer, lambda: {"settings": settings})
-    train_no_further(trainer)
+    train_no_further(trainer, lambda checkpoint: check_run(checkpoint, settings, trainer.args))
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StepLine())
@@ -60,8 +60,6 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the folder and write the settings; take back what was written after the checkpoint that is resumed."""
         self.folder.acquire()
-        if state.global_step:
-            check_settings(self.folder.path / f"checkpoint-{state.global_step}", self.settings, args.world_size)
         self.folder.start(self.settings, state.global_step or None)
 
     def on_train_end(self, args, state, control, **kwargs):

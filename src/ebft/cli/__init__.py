@@ -27,6 +27,7 @@ VERBS = {
 # Package -> the extra of ours that installs it.
 EXTRAS = {
     "bitsandbytes": "quantization",
+    "deepspeed": "deepspeed",
     "lm-eval": "lm-eval",
     "matplotlib": "plot",
     "plotly": "report",

@@ -1,0 +1,85 @@
+"""DeepSpeed's ZeRO on two gloo processes does what one process does without it; it stops and goes on as it should."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import two_processes
+from ebft import pickles
+from ebft.checkpoints import read_manifest
+from ebft.resuming import check_run
+from test_pickles import Hostile
+from test_two_processes import alone, check_equal, launch  # noqa: F401 - `alone` is a fixture
+from training import read_metrics, relative_error
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zero")
+    launch(2, folder, "--zero")
+    return folder
+
+
+@pytest.mark.parametrize("case", two_processes.ZERO)
+def test_two_processes_equal_one(zero, alone, case):  # noqa: F811
+    """DeepSpeed keeps float32 masters whatever the model is of."""
+    check_equal(zero / case, alone(case), within=1e-5)
+
+
+@pytest.mark.parametrize("case", two_processes.LONG_RUNS)
+def test_ten_steps_and_a_resume(zero, alone, case):  # noqa: F811
+    one, weights = alone(case), [torch.load(zero / f"{case}_{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(weights[0][-1][name], weights[1][-1][name]) for name in weights[0][-1])
+    assert relative_error(one.weights[0], weights[0][-1], one.weights[-1]) < 1e-5
+    resumed = torch.load(zero / "resumed" / f"{case}_0.pt")
+    assert len(resumed) == 6
+    assert all(torch.equal(resumed[-1][name], weight) for name, weight in weights[0][-1].items())
+    assert read_metrics(zero / "resumed" / case) == read_metrics(zero / case)
+
+
+def test_both_stop_behind_the_step_that_is_not_finite(zero):
+    for rank in (0, 1):
+        message = (zero / f"error_{rank}.txt").read_text()
+        assert message.startswith("Step 2 has loss") and "gradient norm inf" in message  # as DeepSpeed says
+        assert "stopped behind the step" in message
+
+
+def test_who_may_go_on(zero, tmp_path):
+    """Else a new optimiser would begin without a word, or DeepSpeed would end with a traceback."""
+    checkpoint, settings = zero / "long" / "checkpoint-5", read_manifest(zero / "long" / "checkpoint-5")["settings"]
+
+    def check(path, processes, deepspeed):
+        plugin = SimpleNamespace() if deepspeed else None
+        check_run(path, settings, SimpleNamespace(world_size=processes, deepspeed_plugin=plugin))
+
+    check(checkpoint, 2, deepspeed=True)
+    with pytest.raises(ValueError, match="was written with DeepSpeed: go on with it, or start a new run from its"):
+        check(checkpoint, 2, deepspeed=False)
+    per_device = settings["per_device_train_batch_size"]
+    settings["per_device_train_batch_size"] = per_device * 2
+    with pytest.raises(ValueError, match="was written by 2 processes, and DeepSpeed goes on with as many alone, not"):
+        check(checkpoint, 1, deepspeed=True)
+    settings["per_device_train_batch_size"] = per_device
+    plain = shutil.copytree(checkpoint, tmp_path / "checkpoint-5")
+    shutil.rmtree(plain / "global_step5")
+    with pytest.raises(ValueError, match="was written without DeepSpeed: go on without it"):
+        check(plain, 2, deepspeed=True)
+
+
+def test_a_checkpoint_is_data_alone(zero, tmp_path):
+    """DeepSpeed itself would run what is in its files."""
+    copy = shutil.copytree(zero / "long" / "checkpoint-5", tmp_path / "checkpoint-5")
+    with pickles.resuming(copy):
+        pass
+    [states, *_] = sorted((copy / "global_step5").glob("*optim_states.pt"))
+    torch.save(torch.load(states, weights_only=False) | {"a": Hostile(tmp_path / "mark")}, states)
+    with (
+        pytest.raises(ValueError, match=r"states\.pt holds more than data or is damaged"),
+        pickles.resuming(copy),
+    ):
+        pass
+    assert not (tmp_path / "mark").exists()

@@ -63,7 +63,7 @@ def trl_config(kind: type[Config], args: EBFTConfig, method: str, **settings: An
     args = copy.copy(args)
     args.learning_rate = LEARNING_RATES[method] if args.learning_rate is None else args.learning_rate
     shared = [spec.name for spec in fields(TrainingArguments) if spec.init]
-    values = {name: getattr(args, name) for name in shared if name != "deepspeed"}
+    values = {name: getattr(args, name) for name in shared}
     # Only what differs: transformers turns some of its own defaults into forms that it does not take back.
     always = {name: values[name] for name in ("output_dir", "use_cpu", "bf16")}
     defaults = kind(**always)

@@ -36,7 +36,7 @@ def recorded(
     trainer.add_callback(RunRecord(folder, settings, names))
     trainer.add_callback(Preemption(trainer))
     save_whole_checkpoints(trainer, lambda: {"settings": settings})
-    train_no_further(trainer)
+    train_no_further(trainer, lambda checkpoint: check_settings(checkpoint, settings, trainer.args.world_size))
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StepLine())
@@ -60,8 +60,7 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the folder and write the settings; take back what was written after the checkpoint that is resumed."""
         self.folder.acquire()
-        if state.global_step:
-            check_settings(self.folder.path / f"checkpoint-{state.global_step}", self.settings, args.world_size)
+        args.eval_on_start &= not state.global_step  # the unbroken run does not evaluate here
         self.folder.start(self.settings, state.global_step or None)
 
     def on_train_end(self, args, state, control, **kwargs):

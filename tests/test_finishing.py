@@ -15,7 +15,7 @@ from test_best_model import stopping_run
 from tiny import byte_bpe_tokenizer
 from training import assert_equal_weights, files, read_metrics, small_model
 
-KEPT = ("metrics.jsonl", "rollouts/*", "checkpoint-*/*")
+KEPT = ("metrics.jsonl", "timing.jsonl", "rollouts/*", "checkpoint-*/*")
 
 
 def kept(folder):

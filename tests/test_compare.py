@@ -219,6 +219,17 @@ def test_a_cell_that_is_done_is_left_alone(compared, here):
     assert (folder / "cell.json").stat().st_mtime_ns == before
 
 
+def test_a_cell_killed_while_it_is_slimmed_is_done(tmp_path, monkeypatch):
+    """Its checkpoints are no longer those that were measured."""
+    cell = Cell("sft", "", 0, {}, tmp_path)
+    for name in ("train", "measure"):
+        monkeypatch.setattr(cell_process, name, lambda *given: None)
+    monkeypatch.setattr(cell_process, "slim", lambda cell: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cell_process.run(cell, tmp_path / "validation.yaml")
+    assert cell.status()["status"] == "done"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

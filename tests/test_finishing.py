@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import interrupted
 from ebft import EBFTConfig, artifacts
-from ebft.callbacks import TrainingClock
+from ebft.callbacks import EarlyStopping, TrainingClock
 from ebft.cli import main
 from ebft.cli.train import find_checkpoint
 from ebft.locks import is_locked
@@ -15,7 +15,7 @@ from test_best_model import stopping_run
 from tiny import byte_bpe_tokenizer
 from training import assert_equal_weights, files, read_metrics, small_model
 
-KEPT = ("metrics.jsonl", "rollouts/*", "checkpoint-*/*")
+KEPT = ("metrics.jsonl", "timing.jsonl", "rollouts/*", "checkpoint-*/*")
 
 
 def kept(folder):
@@ -46,15 +46,48 @@ def test_nothing_is_trained_when_the_time_is_spent(tmp_path, capsys):
     assert run(1e6, resume=True).trainer.state.global_step == 6
 
 
-def test_of_a_run_that_stopped_early_the_best_model_is_loaded(tmp_path):
+@pytest.mark.parametrize("folder", ["run", "moved"])
+def test_of_a_run_that_stopped_early_the_best_model_is_loaded(tmp_path, folder):
     values = [3.0, 1.0, 2.0, 1.5, 0.5]
-    stopping_run(tmp_path, values, steps=5)
-    before = kept(tmp_path)
-    resumed = stopping_run(tmp_path, values, steps=5, resume=True)
+    stopping_run(tmp_path / "run", values, steps=5)
+    folder = (tmp_path / "run").rename(tmp_path / folder)
+    before = kept(folder)
+    resumed = stopping_run(folder, values, steps=5, resume=True)
     resumed.trainer.save_model()
-    saved, best = (load_file(tmp_path / name / "model.safetensors") for name in ("", "checkpoint-2"))
+    saved, best = (load_file(folder / name / "model.safetensors") for name in ("", "checkpoint-2"))
     assert all(saved[name].equal(best[name]) for name in saved)
+    assert kept(folder) == before
+
+
+@pytest.mark.parametrize("save_steps", [3, 4])  # three steps make an epoch
+def test_a_run_that_an_epochs_evaluation_stopped_is_at_its_end(tmp_path, save_steps):
+    def run(resume):
+        settings = dict(max_steps=12, save_steps=save_steps, eval_strategy="epoch", metric_for_best_model="eval_loss")
+        return interrupted.run("full", tmp_path, resume, [EarlyStopping(1, 1e6)], **settings)
+
+    assert run(None).trainer.state.global_step == 6
+    before = kept(tmp_path)
+    assert len(run("auto").weights) == 1, "a step began"
     assert kept(tmp_path) == before
+
+
+def test_a_run_that_a_steps_evaluation_stopped_is_at_its_end(tmp_path):
+    for resume, steps in ((None, 3), (True, 0)):
+        run = stopping_run(tmp_path, [1.0, 2.0, 3.0], 9, resume=resume, save_steps=2, load_best_model_at_end=False)
+        assert len(run.weights) - 1 == steps
+
+
+def command(tmp_path, *words, output="run"):
+    """`ebft train` on rows of which two steps make an epoch."""
+    small_model().save_pretrained(tmp_path / "model")
+    byte_bpe_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"count {i} and then", "completion": f" {i + 1} or {i + 2}"} for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("train", "--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "my.jsonl")),
+        *("--output_dir", str(tmp_path / output), "--max_steps", "3", "--use_cpu", "--max_length", "64"),
+        *("--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "2", "--save_steps", "1", *words),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,23 +101,29 @@ def test_of_a_run_that_stopped_early_the_best_model_is_loaded(tmp_path):
 )
 def test_a_run_killed_before_its_model_was_written_has_it_written(tmp_path, method, capsys):
     """Three steps, where two make an epoch: transformers alone would train a fourth."""
-    small_model().save_pretrained(tmp_path / "model")
-    byte_bpe_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"count {i} and then", "completion": f" {i + 1} or {i + 2}"} for i in range(4)]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "my.jsonl")]
-    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--use_cpu", "--max_length", "64"]
-    words += ["--gradient_accumulation_steps", "1", "--per_device_train_batch_size", "2", "--save_steps", "1"]
-    command = ["train", *words, "--resume_from_checkpoint", "auto", "--method", *method]
-    assert main(command) == 0, capsys.readouterr().err
+    evaluation = ["--eval_dataset_name", str(tmp_path / "my.jsonl"), "--eval_strategy", "epoch", "--eval_on_start"]
+    words = command(tmp_path, *evaluation, "--resume_from_checkpoint", "auto", "--method", *method)
+    assert main(words) == 0, capsys.readouterr().err
     [model] = (tmp_path / "run").glob("*.safetensors")
     before, whole = kept(tmp_path / "run"), model.read_bytes()
     model.write_bytes(whole[: len(whole) // 2])
-    assert main(command) == 0, capsys.readouterr().err
+    assert main(words) == 0, capsys.readouterr().err
     assert model.read_bytes() == whole
     assert kept(tmp_path / "run") == before
     assert [record["step"] for record in read_metrics(tmp_path / "run")][-1] == 3
     assert "Nothing is left to train behind" in capsys.readouterr().out
+
+
+def test_sft_goes_on_in_another_folder(tmp_path, capsys):
+    sft = ["--method", "sft"]
+    assert main(command(tmp_path, *sft)) == 0
+    resume = [*sft, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")]
+    assert main(command(tmp_path, *resume, "--weight_decay", "0.5", output="other")) == 2
+    assert "weight_decay 0.0 -> 0.5" in capsys.readouterr().err
+    assert main(command(tmp_path, *resume, output="other")) == 0, capsys.readouterr().err
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
+    assert main(command(tmp_path, *resume, output="other")) == 2
+    assert "holds another run" in capsys.readouterr().err
 
 
 def test_no_other_run_begins_while_a_start_is_forgotten(tmp_path, monkeypatch):

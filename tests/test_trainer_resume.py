@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 import interrupted
 from ebft.checkpoints import begin
@@ -82,6 +83,28 @@ def test_resumed_stream_goes_on_where_it_was(tmp_path, kernel):
     assert len(resumed.weights) == 3
     assert_equal_weights(resumed.weights[-1], whole.weights[-1])
     assert files(tmp_path / "copy", "metrics.jsonl") == files(whole.folder, "metrics.jsonl")
+
+
+class _Killed(TrainerCallback):
+    """Ends a run behind a checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("strategy", ["eval_strategy", "logging_strategy"])
+def test_a_checkpoint_holds_what_the_end_of_its_epoch_evaluates_and_logs(tmp_path, strategy):
+    settings = {"save_steps": 1, strategy: "epoch"}
+    interrupted.run("full", tmp_path / "whole", max_steps=5, **settings)
+    for step in (2, 3, 5):  # within an epoch, and at the end of the first and the last
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run("full", tmp_path / f"{step}", None, [_Killed(step)], max_steps=5, **settings)
+        interrupted.run("full", tmp_path / f"{step}", resume="auto", max_steps=5, **settings)
+        assert read_metrics(tmp_path / f"{step}") == read_metrics(tmp_path / "whole")
 
 
 def altered_record(whole, folder, change):

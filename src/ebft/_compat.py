@@ -66,6 +66,18 @@ def around_saving(trainer: Trainer, context: Callable[[Path], AbstractContextMan
     inner._save_checkpoint = save_within
 
 
+def before_saving(trainer: Trainer, act: Callable[[], None]) -> None:
+    """Have a Trainer call `act` behind each step and epoch, when it is known what is due, and before it is done."""
+    inner: Any = trainer
+    log_evaluate_save = inner._maybe_log_save_evaluate
+
+    def act_first(*args: Any, **options: Any) -> None:
+        act()
+        log_evaluate_save(*args, **options)
+
+    inner._maybe_log_save_evaluate = act_first
+
+
 def no_epochs_where(trainer: Trainer, finished: Callable[[str, int], bool]) -> None:
     """Have a Trainer that resumes a checkpoint go through no epoch where `finished(checkpoint, max_steps)`."""
     inner: Any = trainer

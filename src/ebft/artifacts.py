@@ -128,6 +128,8 @@ class RunFolder:
         if not self.writes:
             return
         summary = "train_loss" in record  # transformers' last record: averages over this process's part of the run
+        if summary and _is_summed_up(self.path / TIMING, step):
+            return  # of no step: a resume that had nothing left to train
         clock = {k: v for k, v in record.items() if summary or k in CLOCK or k.endswith(CLOCK_ENDINGS)}
         for name, part in ((METRICS, {k: v for k, v in record.items() if k not in clock}), (TIMING, clock)):
             if part:
@@ -177,6 +179,12 @@ def where_to_go_on(output_dir: Path) -> str:
     """What to do when the cause of a stop is mended."""
     last = last_complete_checkpoint(output_dir)
     return f"then go on from {last} with resume_from_checkpoint: last" if last else "then start anew"
+
+
+def _is_summed_up(path: Path, step: int) -> bool:
+    """Whether a training that ended at this step has left its averages."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(record["step"] == step and "train_loss" in record for record in map(json.loads, lines))
 
 
 def _keep_lines(path: Path, step: int) -> None:

@@ -103,12 +103,20 @@ _LOST_PATIENCE = "early_stopping_patience_counter"
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' early stopping; a resumed run goes on with the patience that its checkpoint had left."""
+    """transformers' early stopping; a resumed run goes on with the patience that its checkpoint had left.
+
+    Where `save_strategy` is `steps`, a run that it ends is saved behind its last step, as transformers does otherwise.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         """A resumed run has lost what patience its checkpoint says."""
         super().on_train_begin(args, state, control, **kwargs)
         self.early_stopping_patience_counter = _resumed(self, state).get(_LOST_PATIENCE, 0)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Stop, and save, where no patience is left."""
+        super().on_evaluate(args, state, control, **kwargs)
+        control.should_save |= control.should_training_stop and args.save_strategy == SaveStrategy.STEPS
 
     def why_ended(self, saved: dict[str, Any], args: Any) -> str | None:
         """Why a run with these attributes in its checkpoint is finished; None if it is not."""

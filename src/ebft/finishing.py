@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ._compat import no_epochs_where
 from .callbacks import why_finished
@@ -29,3 +29,14 @@ def train_no_further(trainer: Trainer, check: Callable[[Path], None] | None = No
         return reason is not None
 
     no_epochs_where(trainer, finished)
+    trainer.add_callback(_BestOfAMovedRun())
+
+
+class _BestOfAMovedRun(TrainerCallback):
+    """transformers looks for the best checkpoint where it was when it was saved, and else keeps the last weights."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Look in the run's folder."""
+        best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():
+            state.best_model_checkpoint = str(best)

@@ -8,10 +8,11 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 import ebft
 
-from ._compat import around_saving
+from ._compat import around_saving, before_saving
 from .artifacts import stopped_at
 from .checkpoints import begin, checksums, files_of, rotate, seal, step_of
 
@@ -30,6 +31,8 @@ def save_whole_checkpoints(trainer: Trainer, about: Callable[[], dict[str, Any]]
     """
     kept = _Kept()
     trainer.add_callback(kept)
+    trainer.add_callback(behind := _BehindTheEpoch(trainer))
+    before_saving(trainer, behind.hold)
     around_saving(trainer, lambda folder: _sealed(trainer, folder, about, kept))
 
 
@@ -48,6 +51,35 @@ class _Kept(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Give it back."""
         args.save_total_limit = self.limit
+
+
+class _BehindTheEpoch(TrainerCallback):
+    """Has the checkpoint of an epoch's last step wait for what the epoch's end evaluates and logs, to hold that too.
+
+    transformers saves before it, so that a run killed during the evaluation would go on, or end, without it.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.in_epoch = self.waits = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """The epoch goes on."""
+        self.in_epoch, self.waits = True, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Save what waits."""
+        self.in_epoch = False
+        control.should_save |= self.waits
+
+    def hold(self) -> None:
+        """Behind a step, before anything is saved."""
+        args, state, control = self.trainer.args, self.trainer.state, self.trainer.control
+        due = IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy)
+        last = control.should_training_stop or state.epoch == int(state.epoch or 0)
+        # With `best` an evaluation decides by itself.
+        if self.in_epoch and due and last and args.save_strategy != SaveStrategy.BEST:
+            self.waits, control.should_save = control.should_save, False
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the folder and write the settings; take back what was written after the checkpoint that is resumed."""
         self.folder.acquire()
+        args.eval_on_start &= not state.global_step  # the unbroken run does not evaluate here
         self.folder.start(self.settings, state.global_step or None)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -276,7 +276,7 @@ def find_checkpoint(training: EBFTConfig, contents: bool = True, writes: bool = 
 
 
 def _found_checkpoint(wanted: str, output_dir: Path, contents: bool, writes: bool) -> str | None:
-    from ebft.artifacts import check_output_dir, forget_start
+    from ebft.artifacts import check_output_dir, check_resume, forget_start
     from ebft.checkpoints import check_whole, last_complete_checkpoint
 
     if wanted.lower() in ("none", "false"):
@@ -299,6 +299,7 @@ def _found_checkpoint(wanted: str, output_dir: Path, contents: bool, writes: boo
         if not Path(found).is_dir():
             raise ValueError(f"resume_from_checkpoint: no folder {found}; give a checkpoint's folder or `last`")
     check_whole(Path(found), contents)
+    check_resume(output_dir, found)
     return found
 
 

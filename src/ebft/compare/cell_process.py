@@ -46,8 +46,8 @@ def run(cell: Cell, validation: Path) -> int:
     cell.set_status("running")
     train(cell)
     measure(cell, validation)
+    cell.set_status("done")  # first: slim, its checkpoints are other models to `ebft evaluate`
     slim(cell)
-    cell.set_status("done")
     return 0
 
 

@@ -8,7 +8,7 @@ from ebft import EBFTTrainer
 
 
 class FSDP2Trainer(EBFTTrainer):
-    """Its accelerator is told that it is on GPUs with `recipes/accelerate/fsdp2.yaml`; all the rest is as there."""
+    """Its accelerator is told that it is on GPUs with the shipped `fsdp2.yaml`; all the rest is as there."""
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()

@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,12 @@ def test_who_may_go_on(zero, tmp_path):
     checkpoint, settings = zero / "long" / "checkpoint-5", read_manifest(zero / "long" / "checkpoint-5")["settings"]
 
     def check(path, processes, deepspeed):
-        plugin = SimpleNamespace() if deepspeed else None
-        check_run(path, settings, SimpleNamespace(world_size=processes, deepspeed_plugin=plugin))
+        args = SimpleNamespace(world_size=processes)
+        trainer: Any = SimpleNamespace(args=args, is_fsdp_enabled=False, is_deepspeed_enabled=deepspeed)
+        check_run(path, settings, trainer)
 
     check(checkpoint, 2, deepspeed=True)
-    with pytest.raises(ValueError, match="was written with DeepSpeed: go on with it, or start a new run from its"):
+    with pytest.raises(ValueError, match="was written with DeepSpeed, .*: go on with it, or start a new run from a"):
         check(checkpoint, 2, deepspeed=False)
     per_device = settings["per_device_train_batch_size"]
     settings["per_device_train_batch_size"] = per_device * 2
@@ -66,7 +68,7 @@ def test_who_may_go_on(zero, tmp_path):
     settings["per_device_train_batch_size"] = per_device
     plain = shutil.copytree(checkpoint, tmp_path / "checkpoint-5")
     shutil.rmtree(plain / "global_step5")
-    with pytest.raises(ValueError, match="was written without DeepSpeed: go on without it"):
+    with pytest.raises(ValueError, match="was written without DeepSpeed, .*: go on without it"):
         check(plain, 2, deepspeed=True)
 
 

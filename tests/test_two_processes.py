@@ -1,6 +1,7 @@
 """Two gloo processes do what one does, by DDP and by FSDP2; they stop together; others go on with checkpoints."""
 
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -92,6 +93,15 @@ def test_checkpoints_of_two_processes_go_on_in_others(together, process_group, p
         assert len(resumed) == 6
         assert relative_error(whole[0], resumed[0], whole[5]) < 1e-12, "weights of the checkpoint"
         assert relative_error(whole[0], resumed[-1], whole[-1]) < 1e-6, "and of the optimiser's state"
+
+
+@pytest.mark.parametrize(("engine", "other", "so"), [("fsdp2", "ddp", "with"), ("ddp", "fsdp2", "without")])
+def test_an_optimisers_state_is_of_its_engine(together, process_group, tmp_path, engine, other, so):
+    """Transformers would find no model, or go on with a new optimiser."""
+    copy = shutil.copytree(together / engine / "long", tmp_path / "copy")
+    trainer_class = two_processes.ENGINES[other]
+    with pytest.raises(ValueError, match=f"was written {so} FSDP, .*: go on {so} it, or start a new run"):
+        two_processes.run("long", copy, 1, trainer_class=trainer_class, resume=str(copy / "checkpoint-5"))
 
 
 def test_both_stop_before_the_step_that_is_not_finite(together):

@@ -212,7 +212,7 @@ class RecordedTrainer(Trainer):
         if checkpoint:
             step = self._check_records(checkpoint)
             check_resume(self.output_dir, checkpoint)
-            self.on_first_process(lambda: check_run(Path(checkpoint), self.settings, self.args))
+            self.on_first_process(lambda: check_run(Path(checkpoint), self.settings, self))
         self.data_fingerprint = self.on_first_process(lambda: self._check_data(checkpoint))
         self.accelerator.wait_for_everyone()
         self.run_folder.start(self.settings, step)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
-DEEPSPEED = "global_step*"  # the folder in a checkpoint, where DeepSpeed keeps optimiser and weights
+SHARDS = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}  # in a checkpoint, what an engine alone reads
 # What a name begins with while its step is written anew, while it is deleted, and once an earlier one was resumed.
 # With an underscore, as `checkpoint-*` itself, it is not pushed to the Hub.
 REPLACED, DELETING, SUPERSEDED = "_replaced-", "_deleting-", "_superseded-"

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.utils import has_file
 
 from ._compat import deepspeed_classes
-from .checkpoints import DEEPSPEED
+from .checkpoints import SHARDS
 
 # For `from_pretrained`: also of a model whose config asks for code of its own, without a question on the terminal.
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
@@ -123,7 +123,7 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
         check_indices(str(checkpoint), "resume_from_checkpoint")
         for path in sorted(Path(checkpoint).rglob(".metadata")):
             _check_metadata(path)
-        for path in sorted(Path(checkpoint).glob(f"{DEEPSPEED}/*.pt")):
+        for path in sorted(Path(checkpoint).glob(f"{SHARDS['DeepSpeed']}/*.pt")):
             _check_states(path)
     try:
         yield

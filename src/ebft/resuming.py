@@ -5,7 +5,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import DEEPSPEED, read_manifest
+from transformers import Trainer
+
+from .checkpoints import SHARDS, read_manifest
 from .config import EBFTConfig
 
 # The weights do not depend on these: logging, evaluation, saving, loading, where things are. Of data and feature
@@ -44,31 +46,32 @@ DOCUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_
 DOCS = "docs/reliability.md lists what may change"
 
 
-def check_run(checkpoint: Path, settings: dict[str, Any], args: Any) -> None:
-    """Compare this run with the one that wrote a checkpoint: its settings, and what its optimiser's state is for.
+def check_run(checkpoint: Path, settings: dict[str, Any], trainer: Trainer) -> None:
+    """Compare this run with the one that wrote a checkpoint: its settings, and who can read its optimiser's state.
 
     Args:
         checkpoint: What is resumed.
         settings: As `resolved_config.yaml` has them.
-        args: The run's TrainingArguments.
+        trainer: Of this run.
 
     Raises:
-        ValueError: A setting differs that may not; or one of the two runs is DeepSpeed's and the other is not, or of
-            another number of processes, and the optimiser's state would be lost.
+        ValueError: A setting differs that may not, or the optimiser's state is of another engine.
     """
-    check_settings(checkpoint, settings, args.world_size)
-    processes, ours = read_manifest(checkpoint)["processes"], getattr(args, "deepspeed_plugin", None) is not None
-    theirs = any(checkpoint.glob(DEEPSPEED))
-    if theirs != ours:
-        so = "with" if theirs else "without"
+    processes = trainer.args.world_size
+    check_settings(checkpoint, settings, processes)
+    for engine, ours in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
+        theirs = any(checkpoint.glob(SHARDS[engine]))
+        if theirs != ours:
+            so = "with" if theirs else "without"
+            raise ValueError(
+                f"resume_from_checkpoint='{checkpoint}' was written {so} {engine}, and the optimiser's state is of no "
+                f"use to another engine: go on {so} it, or start a new run from a saved model."
+            )
+    before = read_manifest(checkpoint)["processes"]
+    if trainer.is_deepspeed_enabled and before != processes:
         raise ValueError(
-            f"resume_from_checkpoint='{checkpoint}' was written {so} DeepSpeed: go on {so} it, or start a new run "
-            f"from its weights with model_name_or_path: {checkpoint}."
-        )
-    if theirs and processes != args.world_size:
-        raise ValueError(
-            f"resume_from_checkpoint='{checkpoint}' was written by {processes} processes, and DeepSpeed goes on with "
-            f"as many alone, not with {args.world_size}."
+            f"resume_from_checkpoint='{checkpoint}' was written by {before} processes, and DeepSpeed goes on with as "
+            f"many alone, not with {processes}."
         )
 
 

@@ -36,7 +36,7 @@ def recorded(
     trainer.add_callback(RunRecord(folder, settings, names))
     trainer.add_callback(Preemption(trainer))
     save_whole_checkpoints(trainer, lambda: {"settings": settings})
-    train_no_further(trainer, lambda checkpoint: check_run(checkpoint, settings, trainer.args))
+    train_no_further(trainer, lambda checkpoint: check_run(checkpoint, settings, trainer))
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(StepLine())

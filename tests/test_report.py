@@ -18,6 +18,7 @@ from ebft.cli import main
 from ebft.report import write_report
 from ebft.report.page import encode, page
 from ebft.report.rollouts import spread
+from ebft.report.runs import read_run
 from ebft.report.statistics import over_seeds, t_975
 from report_folders import HOSTILE, LENGTHS, METHODS, P_VALUE, SOLVED, STEPS, TESTS, make_comparison, make_run
 
@@ -591,6 +592,16 @@ def test_default_file_of_several_runs_is_in_the_working_folder(tmp_path, monkeyp
     assert main(["report", *map(str, runs)]) == 0
     rows = table_of(data_of(tmp_path / "report.html"), "about", "Runs")
     assert list(rows) == ["a/x", "b/x"]  # told apart
+
+
+def test_a_run_that_goes_on_behind_its_end_is_not_finished(run):
+    assert read_run(run, "run").finished
+    with open(run / "timing.jsonl", "a") as file:
+        file.write(json.dumps({"step": 13, "step_time": 2.0}) + "\n")
+    assert not read_run(run, "run").finished
+    (run / "timing.jsonl").unlink()
+    (run / "metrics.jsonl").unlink()
+    assert not read_run(run, "run").finished
 
 
 @pytest.mark.parametrize(

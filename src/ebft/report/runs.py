@@ -92,7 +92,7 @@ def read_run(folder: Path, name: str, method: str | None = None, seed: Any = Non
         path=folder,
         settings=settings,
         records=dict(sorted(records.items())),
-        finished=any("train_runtime" in record for record in records.values()),
+        finished=bool(records) and "train_runtime" in records[max(records)],  # or it was extended
         method=method or _method(settings),
         seed=seed if is_whole(seed) else None,
         rollout_files=dict(sorted(files.items())),

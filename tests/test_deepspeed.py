@@ -85,3 +85,9 @@ def test_a_checkpoint_is_data_alone(zero, tmp_path):
     ):
         pass
     assert not (tmp_path / "mark").exists()
+
+
+def test_what_latest_leads_to_is_data_alone(zero):
+    assert not (zero / "mark").exists()
+    for rank in (0, 1):
+        assert "holds more than data or is damaged" in (zero / f"led_{rank}.txt").read_text()

@@ -11,7 +11,8 @@ from peft import LoraConfig
 
 from benchmarks.fsdp2_on_cpu import FSDP2Trainer
 from ebft import EBFTTrainer
-from training import documents, small_model, train
+from test_pickles import Hostile
+from training import documents, reseal, small_model, train
 
 # In batches of two, and every second one to the second process: that one has no document with a block.
 LOPSIDED = documents([23, 17, 5, 3, 30, 26, 6, 4])
@@ -125,6 +126,24 @@ def zero_main(folder: Path) -> None:
         finished = run(name, copy, processes=2, deepspeed=zero(2), resume=str(copy / "checkpoint-5"))
         torch.save(finished.weights, folder / "resumed" / f"{name}_{dist.get_rank()}.pt")
     stop_at_the_poison(folder, deepspeed=zero(2))
+    go_where_latest_leads(folder)
+
+
+def go_where_latest_leads(folder: Path) -> None:
+    """Resume a checkpoint whose `latest` names a folder other than DeepSpeed's, with a pickle that leaves a mark."""
+    checkpoint = folder / "led" / "checkpoint-5"
+    if dist.get_rank() == 0:
+        shutil.copytree(folder / "long", folder / "led")
+        shutil.copytree(checkpoint / "global_step5", folder / "led" / "elsewhere")
+        for path in (folder / "led" / "elsewhere").iterdir():
+            torch.save(Hostile(folder / "mark"), path)
+        (checkpoint / "latest").write_text("../elsewhere")
+        reseal(checkpoint)
+    dist.barrier()
+    try:
+        run("long", folder / "led", processes=2, deepspeed=zero(2), resume=str(checkpoint))
+    except ValueError as error:
+        (folder / f"led_{dist.get_rank()}.txt").write_text(str(error))
 
 
 def stop_at_the_poison(folder: Path, **settings) -> None:

@@ -1,16 +1,19 @@
 """The only file that touches private or version-dependent names of other libraries."""
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.profiler import ProfilerActivity, profile
+from torch.serialization import safe_globals
 from tqdm import tqdm
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_available
@@ -105,6 +108,25 @@ def deepspeed_classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
+def deepspeed_reads_data_alone() -> Iterator[None]:
+    """Have DeepSpeed read checkpoints with `weights_only`, wherever `latest` or a best checkpoint leads it."""
+    if not is_deepspeed_available():
+        yield
+        return
+    from deepspeed import DeepSpeedEngine
+
+    load: Any = DeepSpeedEngine.load_checkpoint
+
+    def load_data(*args: Any, **options: Any) -> Any:
+        # Stronger than the `weights_only=False` of its calls.
+        with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}), safe_globals(deepspeed_classes()):
+            return load(*args, **options)
+
+    with patch.object(DeepSpeedEngine, "load_checkpoint", load_data):
+        yield
 
 
 def prepare_fsdp2(accelerator: Any, precision: MixedPrecisionPolicy) -> None:

@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from transformers.utils import has_file
 
-from ._compat import deepspeed_classes
+from ._compat import deepspeed_classes, deepspeed_reads_data_alone
 from .checkpoints import SHARDS
 
 # For `from_pretrained`: also of a model whose config asks for code of its own, without a question on the terminal.
@@ -118,6 +118,7 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
     Raises:
         ValueError: A file of the checkpoint is a pickle of more than data.
     """
+    reading = ExitStack()
     if checkpoint is not None:
         check_weights_are_no_pickle(str(checkpoint), "resume_from_checkpoint")
         check_indices(str(checkpoint), "resume_from_checkpoint")
@@ -125,8 +126,11 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
             _check_metadata(path)
         for path in sorted(Path(checkpoint).glob(f"{SHARDS['DeepSpeed']}/*.pt")):
             _check_states(path)
+        if any(Path(checkpoint).glob(SHARDS["DeepSpeed"])):  # else DeepSpeed is not imported, nor goes on with it
+            reading.enter_context(deepspeed_reads_data_alone())
     try:
-        yield
+        with reading:
+            yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"resume_from_checkpoint='{checkpoint}': one of its .pt or .pth files holds more than data or is damaged, "
@@ -135,7 +139,7 @@ def resuming(checkpoint: str | Path | None) -> Iterator[None]:
 
 
 def _check_states(path: Path) -> None:
-    """DeepSpeed reads its files without restriction; read here with it, from the disk only as far as it needs."""
+    """Name the file on all processes, before any of them reads its own; from the disk only as far as it needs."""
     try:
         with torch.serialization.safe_globals(deepspeed_classes()):
             torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import two_processes
-from ebft import pickles
+from ebft import EBFTConfig, pickles
 from ebft.checkpoints import read_manifest
 from ebft.resuming import check_run
 from test_pickles import Hostile
@@ -91,3 +91,12 @@ def test_what_latest_leads_to_is_data_alone(zero):
     assert not (zero / "mark").exists()
     for rank in (0, 1):
         assert "holds more than data or is damaged" in (zero / f"led_{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "No such file"), ("{zero", "line 1 column 2")])
+def test_a_file_of_settings_that_cannot_be_read_is_named(tmp_path, text, said):
+    file = tmp_path / "zero2.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=rf"deepspeed: .*zero2\.json cannot be read \(.*{said}.*\): give a file of"):
+        EBFTConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=str(file))

@@ -1,7 +1,10 @@
 """The plan of several processes: what each of them holds and sends."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +120,20 @@ def test_plan_of_several_processes(planned):
     assert seconds == pytest.approx({name: size / 50e9 for name, size in sent.items()})
     at_once = planned(*words, "--per_device_generation_batch_size", "16")["communication"]["bytes sent per update"]
     assert at_once["sampling"] == sent["sampling"] / 4 and at_once["update"] == sent["update"]
+
+
+@pytest.mark.parametrize(("stage", "status", "said"), [(2, 0, '"engine": "zero2"'), (3, 2, "zero_stage=3 fetches")])
+def test_plan_of_deepspeeds_own_file(planned, stage, status, said):
+    """In a process of its own, which DeepSpeed's settings leave their marks on."""
+    pytest.importorskip("deepspeed")
+    from test_plan import options
+
+    settings = json.dumps({"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"})
+    Path("zero.json").write_text(settings)
+    words = [*options(data=None), "--json", "--num_processes", "2", "--deepspeed", "zero.json"]
+    done = subprocess.run([sys.executable, "-m", "ebft.cli", "plan", *words], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr
 
 
 def test_plan_refuses_what_training_does(planned, capsys):

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
 from .best_model import decide_direction
-from .config_checks import check_liger, check_parts, check_refused
+from .config_checks import check_deepspeed, check_liger, check_parts, check_refused
 from .data.reasoning import check_tags
 from .extras import require
 from .features import NORMS, POOLINGS, REDUCTIONS
@@ -216,6 +216,7 @@ class EBFTConfig(TrainingArguments):
         if str(self.fsdp).lower() in ("true", "false"):  # words on the command line and in YAML
             untyped.fsdp = str(self.fsdp).lower() == "true"
         decide_direction(self)
+        check_deepspeed(self.deepspeed)
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
         super().__post_init__()

@@ -1,7 +1,9 @@
 """Checks of `EBFTConfig`, each of one part of a run: completions, feature network, vLLM, Liger, what is refused."""
 
 import difflib
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers.integrations import get_available_reporting_integrations
@@ -142,6 +144,25 @@ def check_feature_network(args: Any) -> None:
             "feature_network='ema' needs the policy's whole weights on every process, which FSDP and DeepSpeed "
             "shard: use pretrained or random."
         )
+
+
+def check_deepspeed(settings: Any) -> None:
+    """Refuse a file of DeepSpeed's settings that is not there or not JSON; transformers would name neither.
+
+    Args:
+        settings: The option: a file, or what else transformers takes, which is left to it.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    if not isinstance(settings, str) or Path(settings).suffix != ".json":
+        return
+    try:
+        json.loads(Path(settings).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"deepspeed: {settings} cannot be read ({error}): give a file of DeepSpeed's settings, in JSON."
+        ) from error
 
 
 def check_engine(args: Any) -> None:

@@ -87,11 +87,14 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     from ebft import feature_models, models, pretrained
     from ebft.cli.engines import check_runs_ebft
     from ebft.cli.train import find_checkpoint, from_pretrained_options
+    from ebft.config_checks import check_engine
 
     data, args, model = arguments[:3]
     name = str(model.model_name_or_path)
     find_checkpoint(args, writes=False)
     check_runs_ebft(data.accelerate_config)
+    if args.deepspeed:
+        check_engine(args)
     if data.num_processes == 1:
         args.check_one_device()
     args.model_init_kwargs = from_pretrained_options(arguments)
@@ -218,6 +221,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
     import torch
 
     from ebft.cli.engines import engine_of
+    from ebft.config_checks import engine_of_run
     from ebft.sizes import run_footprint
 
     data, args, model, _, plan = arguments
@@ -229,7 +233,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
         network,
         reference,
         processes=data.num_processes,
-        engine=engine_of(data.accelerate_config),
+        engine=engine_of_run(args) if args.deepspeed else engine_of(data.accelerate_config),
         frozen=0.5 if model.load_in_4bit else 1 if model.load_in_8bit else None,
         device=torch.device("cuda") if elsewhere else args.device,
     )

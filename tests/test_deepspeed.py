@@ -1,6 +1,9 @@
 """DeepSpeed's ZeRO on two gloo processes does what one process does without it; it stops and goes on as it should."""
 
+import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,8 @@ from ebft.checkpoints import read_manifest
 from ebft.resuming import check_run
 from test_pickles import Hostile
 from test_two_processes import alone, check_equal, launch  # noqa: F401 - `alone` is a fixture
+from tiny import byte_bpe_tokenizer
+from tiny_models import tiny_model
 from training import read_metrics, relative_error
 
 pytest.importorskip("deepspeed")
@@ -100,3 +105,19 @@ def test_a_file_of_settings_that_cannot_be_read_is_named(tmp_path, text, said):
         file.write_text(text)
     with pytest.raises(ValueError, match=rf"deepspeed: .*zero2\.json cannot be read \(.*{said}.*\): give a file of"):
         EBFTConfig(output_dir=str(tmp_path), use_cpu=True, deepspeed=str(file))
+
+
+def test_the_command_starts_one_process_as_well(tmp_path):
+    model, tokenizer = tiny_model("qwen2"), byte_bpe_tokenizer()
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "one and one is two " * 4}) + "\n")
+    (tmp_path / "zero2.json").write_text(json.dumps(two_processes.zero(2)))
+    words = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "run"]
+    words += ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--deepspeed", "zero2.json"]
+    words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_length", "64"]
+    command = [sys.executable, "-m", "ebft.cli", "train", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file()

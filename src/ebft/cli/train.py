@@ -84,6 +84,7 @@ def run(argv: list[str]) -> None:
     # EBFT's own trainer reads the checkpoint's files itself, when training starts.
     checkpoint = find_checkpoint(arguments.training, contents=arguments.method.method != "ebft")
     shared = arguments.data.num_processes > 1 or engine_of(arguments.data.accelerate_config) != DDP
+    shared |= bool(arguments.training.deepspeed)  # which wants a launcher's variables for one process, too
     if shared and not {"LOCAL_RANK", LAUNCHED} & environment.keys():
         if arguments.method.method == "ebft":
             check_runs_ebft(arguments.data.accelerate_config)

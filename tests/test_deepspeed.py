@@ -113,7 +113,7 @@ def test_the_command_starts_one_process_as_well(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "one and one is two " * 4}) + "\n")
-    (tmp_path / "zero2.json").write_text(json.dumps(two_processes.zero(2)))
+    (tmp_path / "zero2.json").write_text(json.dumps(two_processes.zero()))
     words = ["--model_name_or_path", "model", "--dataset_name", "data.jsonl", "--output_dir", "run"]
     words += ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--deepspeed", "zero2.json"]
     words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_length", "64"]

@@ -59,7 +59,11 @@ LONG = dict(
 LONG_RUNS = {"long": dict(rows=MIXED, **LONG), "long_lora": dict(rows=MIXED, adapted=True, **LONG)}
 ENGINES = {"ddp": EBFTTrainer, "fsdp2": FSDP2Trainer}
 # DeepSpeed's ZeRO, in processes of its own: accelerate cannot change engines once it has begun.
-ZERO = dict.fromkeys(("full", "no_cross_entropy", "lora", "stream", "learned", "completions"), 2) | {"ngram": 1}
+_ZERO2 = ("full", "no_cross_entropy", "lora", "stream", "learned", "completions")
+ZERO = {name: {"stage": 2} for name in _ZERO2} | {
+    "ngram": {"stage": 1},
+    "rbf": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+}
 
 
 def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, resume=None, dtype=None, **more):
@@ -83,11 +87,11 @@ def run(name: str, folder: Path, processes: int, *, trainer_class=EBFTTrainer, r
     return train(model, rows, folder, resume, settings=settings, trainer_class=trainer_class, **keywords)
 
 
-def zero(stage: int) -> dict:
+def zero(**optimization) -> dict:
     """DeepSpeed's settings, for any optimiser and in the model's precision."""
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     freely = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return dict.fromkeys(auto, "auto") | freely | {"zero_optimization": {"stage": stage}}
+    return dict.fromkeys(auto, "auto") | freely | {"zero_optimization": {"stage": 2} | optimization}
 
 
 class SecondRankPoisoned(EBFTTrainer):
@@ -114,18 +118,18 @@ def main(folder: Path) -> None:
 
 def zero_main(folder: Path) -> None:
     """The cases of ZeRO, and the long ones once more from their middle."""
-    for name, stage in (ZERO | dict.fromkeys(LONG_RUNS, 2)).items():
-        finished = run(name, folder / name, processes=2, deepspeed=zero(stage))
-        assert finished.trainer.model_wrapped.zero_optimization_stage() == stage
+    for name, optimization in (ZERO | {long: {"stage": 2} for long in LONG_RUNS}).items():
+        finished = run(name, folder / name, processes=2, deepspeed=zero(**optimization))
+        assert finished.trainer.model_wrapped.zero_optimization_stage() == optimization["stage"]
         torch.save(finished.weights, folder / f"{name}_{dist.get_rank()}.pt")
     for name in LONG_RUNS:
         if dist.get_rank() == 0:
             shutil.copytree(folder / name, folder / "resumed" / name)
         dist.barrier()
         copy = folder / "resumed" / name
-        finished = run(name, copy, processes=2, deepspeed=zero(2), resume=str(copy / "checkpoint-5"))
+        finished = run(name, copy, processes=2, deepspeed=zero(), resume=str(copy / "checkpoint-5"))
         torch.save(finished.weights, folder / "resumed" / f"{name}_{dist.get_rank()}.pt")
-    stop_at_the_poison(folder, deepspeed=zero(2))
+    stop_at_the_poison(folder, deepspeed=zero())
     go_where_latest_leads(folder)
 
 
@@ -141,7 +145,7 @@ def go_where_latest_leads(folder: Path) -> None:
         reseal(checkpoint)
     dist.barrier()
     try:
-        run("long", folder / "led", processes=2, deepspeed=zero(2), resume=str(checkpoint))
+        run("long", folder / "led", processes=2, deepspeed=zero(), resume=str(checkpoint))
     except ValueError as error:
         (folder / f"led_{dist.get_rank()}.txt").write_text(str(error))
 

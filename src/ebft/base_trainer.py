@@ -333,10 +333,9 @@ class RecordedTrainer(Trainer):
         loss, norm = self.recorder.norms(self.model)
         when = "before the optimiser's step"
         if self.is_deepspeed_enabled:  # its backward pass makes the step, too
-            found = cast(
-                Any, self.model_wrapped
-            ).get_global_grad_norm()  # none where DeepSpeed is told not to compute it
-            norm, when = torch.as_tensor(found or 0.0).cpu(), "behind the step"
+            found = cast(Any, self.model_wrapped).get_global_grad_norm() or 0.0  # None if it is told to have none
+            norm, when = torch.as_tensor(found).cpu(), "behind the step"
+            norm = norm.where(norm >= 0, torch.inf)  # it says -1 of a norm that is not finite
         broken = ~(torch.isfinite(norm) & torch.isfinite(loss))
         if not self.sum_over_ranks(broken.double()[None]).item():
             return

@@ -49,7 +49,7 @@ def begin(checkpoint: Path) -> None:
         if is_whole(checkpoint):
             checkpoint.rename(checkpoint.with_name(REPLACED + checkpoint.name))
         else:
-            shutil.rmtree(checkpoint)
+            _delete(checkpoint)
     checkpoint.mkdir(parents=True)
     (checkpoint / UNFINISHED).touch()
 
@@ -98,7 +98,8 @@ def seal(checkpoint: Path, files: dict[str, list[int]], about: dict[str, Any]) -
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    shutil.rmtree(checkpoint.with_name(REPLACED + checkpoint.name), ignore_errors=True)
+    if (replaced := checkpoint.with_name(REPLACED + checkpoint.name)).exists():
+        _delete(replaced)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -169,8 +170,15 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
     kept = {whole[-1].name, Path(best).name} if best else {whole[-1].name}
     excess = len(whole) - max(limit, len(kept)) if limit and limit > 0 else 0
     for path in [path for path in whole if path.name not in kept][: max(0, excess)]:
-        doomed = path.rename(path.with_name(DELETING + path.name))  # so that half of it is never taken for a whole
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Under another name, so that half of it is never taken for a whole one."""
+    doomed = path.with_name(DELETING + path.name)
+    shutil.rmtree(doomed, ignore_errors=True)  # left by a kill
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def tidy(folder: Path) -> None:
@@ -178,5 +186,7 @@ def tidy(folder: Path) -> None:
     whole = whole_checkpoints(folder)
     written = [path for prefix in (REPLACED, "") for path in folder.glob(f"{prefix}checkpoint-*")]
     broken = [path for path in written if step_of(path) >= 0 and path not in whole]
-    for path in [*folder.glob(f"{DELETING}*checkpoint-*"), *broken]:
+    for path in broken:
+        _delete(path)
+    for path in folder.glob(f"{DELETING}*checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)

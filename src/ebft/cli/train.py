@@ -337,7 +337,10 @@ def _launch(arguments: Arguments, argv: list[str], environment: dict[str, str]) 
         launcher = ["accelerate.commands.launch", *chosen, "--num_processes", count]
     else:
         if engine_of(config) != DDP:
-            raise ValueError(f"accelerate_config: got {config!r}; on CPUs accelerate gives DDP alone: leave it out")
+            raise ValueError(
+                f"accelerate_config: got {config!r}; on CPUs accelerate gives DDP alone: leave it out, or give a file "
+                "of DeepSpeed's settings as deepspeed"
+            )
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
         # Without a GPU, accelerate joins the processes only where it is told to use CPUs.
         argv = argv if use_cpu else [*argv, "--use_cpu", "true"]

@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: a fork has no use for its threads
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not begin with it: its forks could not
 
 import argparse
 import contextlib
@@ -150,7 +151,7 @@ class Start:
                 os.kill(self.pids[rank], number)
 
 
-def start(kind: str, folder: Path) -> Start:
+def start(kind: str, folder: Path, use_cpu: bool = True) -> Start:
     """Fork the processes of a run, which goes on from its last checkpoint if there is one."""
     count, (read, write) = processes(kind), os.pipe()
     with socket.socket() as free:
@@ -165,13 +166,13 @@ def start(kind: str, folder: Path) -> Start:
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
             if count > 1:
                 os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            os._exit(run(kind, folder, write if rank == 0 else None))
+            os._exit(run(kind, folder, write if rank == 0 else None, use_cpu))
         pids.append(pid)
     os.close(write)
     return Start(pids, read, time.monotonic())
 
 
-def run(kind: str, folder: Path, pipe: int | None) -> int:
+def run(kind: str, folder: Path, pipe: int | None, use_cpu: bool) -> int:
     """What a forked process does; its output goes into a file beside the run's folder."""
 
     def tell(doing: str, step: int) -> None:
@@ -188,7 +189,7 @@ def run(kind: str, folder: Path, pipe: int | None) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        ours = trainer(kind, folder, STEPS, [Reports(tell)], **SETTINGS)
+        ours = trainer(kind, folder, STEPS, [Reports(tell)], **SETTINGS, use_cpu=use_cpu)
         around_saving(ours, told)
         ours.train(resume_from_checkpoint="auto")
         tell("writing", STEPS)
@@ -212,10 +213,13 @@ class Victims:
         folder: Where they go.
         chance: Draws the moments.
         typical: Seconds that a start, a step, and the writing of a checkpoint take, learnt on the way.
+        use_cpu: Not a GPU.
     """
 
-    def __init__(self, kind: str, folder: Path, chance: random.Random, typical: dict[str, float]):
-        self.kind, self.folder, self.chance, self.typical = kind, folder, chance, typical
+    def __init__(
+        self, kind: str, folder: Path, chance: random.Random, typical: dict[str, float], use_cpu: bool = True
+    ):
+        self.kind, self.folder, self.chance, self.typical, self.use_cpu = kind, folder, chance, typical, use_cpu
         self.kills: list[Kill] = []
         self.runs: list[Path] = []
 
@@ -229,7 +233,7 @@ class Victims:
 
     def once(self, folder: Path, kills: bool) -> bool:
         """One start, ended by a kill or not; whether the run came to its end."""
-        child = start(self.kind, folder)
+        child = start(self.kind, folder, self.use_cpu)
         sent = self.strike(child) if kills else None
         seconds, during = time.monotonic() - child.began, child.doing
         if sent is not None and sent != signal.SIGTERM:
@@ -344,16 +348,19 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--kills", type=int, default=100, help="in all, shared among the kinds")
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of runs")
     p.add_argument("--seed", type=int, default=0, help="of the moments")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where; a GPU serves runs of one process")
     p.add_argument("--json", type=Path, help="write every kill there")
     args = p.parse_args(argv)
     if args.kills < 1:
         p.error(f"kills={args.kills} must be at least 1.")
+    if args.device != "cpu" and any(processes(kind) > 1 for kind in args.kinds):
+        p.error(f"device={args.device}: runs of several processes stay on the CPU; name --kinds of one.")
     chance, typical, began = random.Random(args.seed), {}, time.monotonic()
     kills: list[Kill] = []
     outcomes: dict[str, dict[str, list[str]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for i, kind in enumerate(args.kinds):
-            whole, victims = Path(name) / kind, Victims(kind, Path(name), chance, typical)
+            whole, victims = Path(name) / kind, Victims(kind, Path(name), chance, typical, args.device == "cpu")
             victims.once(whole, kills=False)
             victims.kill(args.kills // len(args.kinds) + (i < args.kills % len(args.kinds)))
             kills += victims.kills

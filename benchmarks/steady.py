@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     p.add_argument("--warmup", type=int, help="steps left out of the slopes; default: a fifth")
     p.add_argument("--kind", default="full", choices=("full", "lora"), help="of run")
     p.add_argument("--stream", type=float, metavar="MIB", help="stream documents from a file of this size instead")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where")
     p.add_argument("--json", type=Path, help="write every step there")
     args = p.parse_args(argv)
     warmup = args.steps // 5 if args.warmup is None else args.warmup
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     every = max(1, args.steps // 20)
     with tempfile.TemporaryDirectory() as name:
         settings: dict[str, Any] = RUN | {"save_steps": every, "eval_steps": every}
+        settings["use_cpu"] = args.device == "cpu"
         if args.stream:
             write_rows(Path(name) / "rows.jsonl", int(args.stream * MIB))
             ours = streamed(Path(name) / "rows.jsonl", Path(name) / "run", args.steps, **settings)

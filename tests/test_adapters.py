@@ -167,8 +167,8 @@ FOUR = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype
 BITS = {"4": FOUR, "4, nested": FOUR | dict(bnb_4bit_use_double_quant=True), "8": dict(load_in_8bit=True)}
 
 
-def quantised(folder, bits):
-    options = dict(quantization_config=BitsAndBytesConfig(**BITS[bits]), dtype=torch.float32, device_map="cpu")
+def quantised(folder, bits, device="cpu"):
+    options = dict(quantization_config=BitsAndBytesConfig(**BITS[bits]), dtype=torch.float32, device_map=device)
     return AutoModelForCausalLM.from_pretrained(saved_base(folder), **options)
 
 

@@ -1,10 +1,6 @@
 """On a GPU, where there is one: the attention kernels of accelerators, and a whole step, against the CPU's."""
 
-import os
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -188,51 +184,6 @@ def test_liger_kernels_leave_a_step_what_it_was(models):
     assert "Liger" in repr(model)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
-
-
-@pytest.mark.parametrize("liger", [False, True])
-def test_trainer_runs(tmp_path, liger):
-    """A few updates as by default (bfloat16, a step's rollouts at once); the loss is finite, the weights move."""
-    pytest.importorskip("trl")
-    if liger:
-        pytest.importorskip("liger_kernel")
-    import training
-
-    model = training.small_model(dtype=torch.float32)
-    before = deepcopy(model.state_dict())
-    settings = dict(
-        use_cpu=False, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, bf16=None
-    )
-    rows = training.documents([30, 17, 40, 12, 25, 33, 38, 21])
-    run = training.trainer(model, rows, tmp_path, settings=settings | dict(use_liger_kernel=liger))
-    assert run.args.bf16 and run.args.rows_sampled_on(run.args.device) == 4
-    run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
-    assert any((before[name] != weight.cpu()).any() for name, weight in run.model.state_dict().items())
-
-
-@pytest.mark.parametrize("case", ["full", "lora"])
-@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_engines_on_gpus_do_what_one_gpu_does(tmp_path, case, engine, processes):
-    """In float32; by the shipped configurations, through `accelerate launch`."""
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"needs {processes} GPUs")
-    from ebft.cli.engines import config_path
-    from training import relative_error
-
-    def weights(name: str, count: int) -> list[dict]:
-        folder, script = tmp_path / f"{name}_{count}", Path(__file__).with_name("on_gpus.py")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_path(name))]
-        words = ["--mixed_precision", "no", "--num_processes", str(count), str(script), case, str(folder)]
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
-        done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=600, env=os.environ | visible)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        return torch.load(folder / "weights.pt")
-
-    one, shared = weights("ddp", 1), weights(engine, processes)
-    for step in (1, 2):
-        assert relative_error(one[0], shared[step], one[step]) < 1e-3
 
 
 def test_plan_is_what_an_update_holds():

@@ -1,0 +1,149 @@
+"""Runs on a GPU, where there is one: the trainer, its engines, bases of few bits, resuming."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytest.importorskip("trl")
+
+from transformers import BitsAndBytesConfig
+
+import training
+from ebft.cli.engines import config_path
+from ebft.features import FeatureNetwork
+from ebft.models import load_policy
+from test_adapters import (
+    BITS,
+    INPUT_IDS,
+    LAYOUT,
+    TOKENS,
+    adapted,
+    dequantised,
+    lora,
+    needs_bitsandbytes,
+    quantised,
+    saved_base,
+)
+from test_trainer_step import ROWS, check_step, oracle_documents
+from training import files, read_metrics, relative_error, small_model, train
+
+ON_GPU = dict(use_cpu=False, bf16=None)  # bfloat16, as by default there
+
+
+@pytest.mark.parametrize("liger", [False, True])
+def test_trainer_runs(tmp_path, liger):
+    """A few updates as by default (bfloat16, a step's rollouts at once); the loss is finite, the weights move."""
+    if liger:
+        pytest.importorskip("liger_kernel")
+    model = training.small_model(dtype=torch.float32)
+    before = deepcopy(model.state_dict())
+    settings = dict(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    rows = training.documents([30, 17, 40, 12, 25, 33, 38, 21])
+    run = training.trainer(model, rows, tmp_path, settings=ON_GPU | settings | dict(use_liger_kernel=liger))
+    assert run.args.bf16 and run.args.rows_sampled_on(run.args.device) == 4
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
+    assert any((before[name] != weight.cpu()).any() for name, weight in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["full", "lora"])
+@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 1), ("zero2", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
+def test_engines_on_gpus_do_what_one_gpu_does(tmp_path, case, engine, processes):
+    """In float32; by the shipped configurations, through `accelerate launch`."""
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs")
+
+    def weights(name: str, count: int) -> list[dict]:
+        folder, script = tmp_path / f"{name}_{count}", Path(__file__).with_name("on_gpus.py")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_path(name))]
+        words = ["--mixed_precision", "no", "--num_processes", str(count), str(script), case, str(folder)]
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=600, env=os.environ | visible)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return torch.load(folder / "weights.pt")
+
+    one, shared = weights("ddp", 1), weights(engine, processes)
+    for step in (1, 2):
+        assert relative_error(one[0], shared[step], one[step]) < 1e-3
+
+
+# --- resuming ---
+
+
+def model_for_kernels():
+    """With heads that flex attention takes."""
+    return small_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", ["full", "lora", "checkpointing"])
+def test_resumed_run_ends_in_the_same_bits(tmp_path, case):
+    """Rollouts enough for the compiled kernels, in bfloat16."""
+    settings = ON_GPU | dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
+    settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_generations=8)
+    settings["gradient_checkpointing"] = case == "checkpointing"
+    rows = training.documents([40, 33, 38, 40, 25, 40, 31, 40])
+    keywords = dict(peft_config=lora("q_proj", "up_proj")) if case == "lora" else {}
+    whole = train(model_for_kernels(), rows, tmp_path / "whole", settings=settings, **keywords)
+    resume = str(tmp_path / "whole" / "checkpoint-2")
+    rest = train(model_for_kernels(), rows, tmp_path / "rest", resume=resume, settings=settings, **keywords)
+    for name, weight in whole.weights[-1].items():
+        assert torch.equal(weight, rest.weights[-1][name]), name
+    rollouts = "rollouts/step_000004.parquet"
+    assert files(rest.folder, rollouts) == files(whole.folder, rollouts) != {}
+    assert read_metrics(rest.folder)[-1]["loss"] == read_metrics(whole.folder)[-1]["loss"]
+
+
+# --- bases of few bits ---
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("bits", "tolerance"), [("4", 1e-3), ("4, nested", 1e-3), ("8", 0.1)])
+def test_step_on_few_bits_is_that_on_their_values(tmp_path, bits, tolerance):
+    """On a GPU, against the CPU's oracle, in float32; with 8 bits activations are rounded as well."""
+    model = quantised(tmp_path / "base", bits, device="cuda")
+    plain = adapted(dequantised(model), lora("q_proj", "up_proj")).cpu()
+    run = train(
+        adapted(model, lora("q_proj", "up_proj")), ROWS, tmp_path / "run", settings=dict(use_cpu=False, bf16=False)
+    )
+    for i, weights in enumerate(run.weights):
+        trained = {name: value.cpu() for name, value in weights.items() if "lora" in name}
+        run.weights[i] = plain.state_dict() | trained
+    check_step(run, plain, oracle_documents(ROWS), tolerance=tolerance, metric_tolerance=tolerance)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_features_of_few_bits_are_the_bases(tmp_path, bits):
+    """To the last bit, and no matter how often sampling and training took turns."""
+    args = training.config(tmp_path, use_cpu=False)
+    base = load_policy(adapted(quantised(tmp_path / "base", bits, "cuda"), lora("k_proj", r=1)), args).unload()
+    on_gpu = INPUT_IDS.cuda(), TOKENS.cuda(), LAYOUT
+    expected = FeatureNetwork(base)(*on_gpu)
+    policy = adapted(quantised(tmp_path / "again", bits, "cuda"), lora("q_proj", "up_proj"))
+    run = train(policy, ROWS, tmp_path / "run", settings=ON_GPU | dict(max_steps=2))
+    found = run.trainer.feature_network(*on_gpu)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_resume_on_few_bits(tmp_path, bits):
+    base = saved_base(tmp_path / "base")
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
+    options = dict(settings=ON_GPU | settings, peft_config=lora("q_proj", "up_proj"))
+    options["quantization_config"] = BitsAndBytesConfig(**BITS[bits])
+    whole = train(base, ROWS, tmp_path / "whole", **options)
+    rest = train(base, ROWS, tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
+    adapter = "checkpoint-4/adapter_model.safetensors"
+    assert (tmp_path / "rest" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
+    assert rest.metrics[-1]["loss"] == whole.metrics[-1]["loss"]

@@ -55,8 +55,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16: under autocast")
     p.add_argument("--attn_implementation", default="sdpa", help="of ours; published and SFT take sdpa")
     p.add_argument("--liger", action="store_true", help="Liger's norms, MLPs and rotary embedding, in all arms")
+    p.add_argument("--compile", action="store_true", help="torch.compile of norms and MLPs, in all arms")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0 is full fine-tuning")
     p.add_argument("--gradient_checkpointing", action="store_true", help="in all arms")
+    p.add_argument("--offload", action="store_true", help="what checkpointing keeps, to the CPU's memory; ours alone")
     p.add_argument("--threads", type=int, help="of torch on the CPU")
     p.add_argument("--repeats", type=int, default=3, help="timed updates per arm")
     p.add_argument("--warmup", type=int, default=1, help="untimed passes over one micro-batch")
@@ -105,6 +107,10 @@ def read_options(args: argparse.Namespace) -> Options:
             raise ValueError(f"{name}={getattr(args, name)} must be at least {least}.")
     if args.liger:
         require("liger_kernel", "liger", "--liger")
+    if args.liger and args.compile:
+        raise ValueError("liger and compile fuse the same operations: use one of the two.")
+    if args.offload and (device.type == "cpu" or not args.gradient_checkpointing):
+        raise ValueError("offload moves what gradient_checkpointing keeps on a GPU: add it, and device=cuda.")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"threads={args.threads} must be at least 1.")
@@ -118,6 +124,8 @@ def read_options(args: argparse.Namespace) -> Options:
         lora=args.lora,
         checkpointing=args.gradient_checkpointing,
         liger=args.liger,
+        compiled=args.compile,
+        offloading=args.offload,
         seed=args.seed,
     )
 

@@ -19,11 +19,13 @@ from benchmarks.shapes import Workload, build_model
 from ebft._compat import set_attention
 from ebft.advantages import leave_one_out
 from ebft.attention import enable_block_attention
+from ebft.compiled import compile_layers
 from ebft.features import FeatureNetwork
 from ebft.forward import causal_lm
 from ebft.liger import take_liger_kernels
 from ebft.logprobs import LogProbs, document_and_block_loss
 from ebft.losses import cross_entropy, mixed_loss, policy_loss
+from ebft.offloading import offload_activations
 from ebft.rewards import feature_matching_rewards
 from ebft.rollout import Rollouts, sample_and_sum, sample_blocks
 
@@ -45,6 +47,8 @@ class Options:
         lora: Rank of adapters on all linear layers; 0 for full fine-tuning.
         checkpointing: Gradient checkpointing.
         liger: Liger's kernels in place of the model's own norms, MLPs and rotary embedding.
+        compiled: `torch.compile` of norms and MLPs.
+        offloading: What checkpointing keeps waits in the CPU's memory; of ours.
         seed: Of weights, documents and noise.
     """
 
@@ -56,6 +60,8 @@ class Options:
     lora: int = 0
     checkpointing: bool = False
     liger: bool = False
+    compiled: bool = False
+    offloading: bool = False
     seed: int = 0
 
 
@@ -95,8 +101,12 @@ class Bench:
             self.feature_model = copy.deepcopy(self.policy).to(options.dtype).requires_grad_(False).eval()
         for model in {causal_lm(x) for x in (self.policy, self.feature_model)} if options.liger else ():
             take_liger_kernels(model)
+        if options.compiled:
+            compile_layers([causal_lm(x).base_model for x in (self.policy, self.feature_model)])
         if options.checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if options.offloading:
+            offload_activations(self.policy)
         self.network = FeatureNetwork(self.feature_model, FEATURE_LAYERS)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -307,10 +307,10 @@ def differences(one: Path, other: Path) -> list[str]:
 def loaded(path: Path) -> Any:
     """What a file holds, or a folder of shards."""
     if not path.is_dir():
-        return torch.load(path, weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False)  # a GPU in use could not be forked
     whole = path.with_suffix(".whole")
     dcp_to_torch_save(path, whole)
-    return torch.load(whole, weights_only=False)
+    return torch.load(whole, map_location="cpu", weights_only=False)
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -355,6 +355,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"kills={args.kills} must be at least 1.")
     if args.device != "cpu" and any(processes(kind) > 1 for kind in args.kinds):
         p.error(f"device={args.device}: runs of several processes stay on the CPU; name --kinds of one.")
+    if args.device != "cpu" and torch.cuda.is_initialized():
+        p.error("a GPU is in use before any run is forked, as bitsandbytes does when imported: uninstall it here.")
     chance, typical, began = random.Random(args.seed), {}, time.monotonic()
     kills: list[Kill] = []
     outcomes: dict[str, dict[str, list[str]]] = {}

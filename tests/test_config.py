@@ -7,6 +7,7 @@ from accelerate.parallelism_config import TorchContextParallelConfig
 from trl import TrlParser
 
 from ebft import EBFTConfig
+from ebft.config_checks import check_runs_here
 from ebft.kernels import KERNELS
 
 
@@ -159,7 +160,18 @@ REFUSED = {
         dict(use_liger_kernel=True, liger_kernel_config={"cross_entropy": True}),
         "liger_kernel_config: cross_entropy replaces the forward",
     ),
-    "torch_compile": (dict(torch_compile=True), "torch_compile=True: .* leave it off"),
+    "torch_compile with graphs": (
+        dict(torch_compile_mode="reduce-overhead"),
+        "torch_compile_mode='reduce-overhead' records CUDA graphs, .* use max-autotune-no-cudagraphs",
+    ),
+    "torch_compile and liger": (
+        dict(torch_compile=True, use_liger_kernel=True),
+        "torch_compile=True and use_liger_kernel=True .* use one",
+    ),
+    "activation_offloading": (
+        dict(activation_offloading=True),
+        "activation_offloading=True .* add gradient_checkpointing: true",
+    ),
     "remove_unused_columns": (dict(remove_unused_columns=True), "remove_unused_columns=True: .* leave it off"),
     "no pairs without rollouts": (
         dict(num_generations=1, rl_coef=0.0, advantage_estimator="none"),
@@ -289,4 +301,17 @@ def test_liger_is_asked_for_where_it_shall_run(tmp_path, monkeypatch, there, mes
     args = EBFTConfig(str(tmp_path), use_liger_kernel=True, use_cpu=True, report_to=[])
     assert args.liger_kernel_config == {"fused_linear_cross_entropy": False, "cross_entropy": False}
     with pytest.raises(ValueError, match=message):
-        args.check_liger_runs()
+        check_runs_here(args)
+
+
+def test_offloading_is_refused_where_there_is_nothing_to_offload_from(tmp_path):
+    settings = dict(activation_offloading=True, gradient_checkpointing=True)
+    args = EBFTConfig(str(tmp_path), use_cpu=True, report_to=[], **settings)
+    with pytest.raises(ValueError, match="activation_offloading=True moves memory from a GPU"):
+        check_runs_here(args)
+
+
+def test_compiling_does_not_round_everything_else(tmp_path):
+    """Transformers would allow TF32 for all float32 products."""
+    assert EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]).tf32 is False
+    assert EBFTConfig(str(tmp_path), report_to=[]).tf32 is None

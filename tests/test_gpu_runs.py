@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("trl")
 
 from transformers import BitsAndBytesConfig
+from transformers.models.qwen2 import modeling_qwen2
 
 import training
 from ebft.cli.engines import config_path
@@ -37,7 +38,16 @@ from training import files, read_metrics, relative_error, small_model, train
 ON_GPU = dict(use_cpu=False, bf16=None)  # bfloat16, as by default there
 
 
+@pytest.fixture
+def liger_undone():
+    """Liger patches the module of the whole family."""
+    before = dict(vars(modeling_qwen2))
+    yield
+    vars(modeling_qwen2).update(before)
+
+
 @pytest.mark.parametrize("liger", [False, True])
+@pytest.mark.usefixtures("liger_undone")
 def test_trainer_runs(tmp_path, liger):
     """A few updates as by default (bfloat16, a step's rollouts at once); the loss is finite, the weights move."""
     if liger:
@@ -54,8 +64,21 @@ def test_trainer_runs(tmp_path, liger):
     assert any((before[name] != weight.cpu()).any() for name, weight in run.model.state_dict().items())
 
 
+ENGINES = [("fsdp2", 1), ("offloading", 1), ("zero2", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)]
+
+
+def configuration(name: str, folder: Path) -> str:
+    """A shipped one's path; or that of FSDP2 with weights and optimiser in the CPU's memory."""
+    if name != "offloading":
+        return str(config_path(name))
+    text, path = config_path("fsdp2").read_text(), folder / "offloading.yaml"
+    assert "fsdp_offload_params: false" in text
+    path.write_text(text.replace("fsdp_offload_params: false", "fsdp_offload_params: true"))
+    return str(path)
+
+
 @pytest.mark.parametrize("case", ["full", "lora"])
-@pytest.mark.parametrize(("engine", "processes"), [("fsdp2", 1), ("zero2", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
+@pytest.mark.parametrize(("engine", "processes"), ENGINES)
 def test_engines_on_gpus_do_what_one_gpu_does(tmp_path, case, engine, processes):
     """In float32; by the shipped configurations, through `accelerate launch`."""
     if engine == "zero2":
@@ -65,7 +88,7 @@ def test_engines_on_gpus_do_what_one_gpu_does(tmp_path, case, engine, processes)
 
     def weights(name: str, count: int) -> list[dict]:
         folder, script = tmp_path / f"{name}_{count}", Path(__file__).with_name("on_gpus.py")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_path(name))]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", configuration(name, tmp_path)]
         words = ["--mixed_precision", "no", "--num_processes", str(count), str(script), case, str(folder)]
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
         done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=600, env=os.environ | visible)
@@ -101,6 +124,34 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, case):
     rollouts = "rollouts/step_000004.parquet"
     assert files(rest.folder, rollouts) == files(whole.folder, rollouts) != {}
     assert read_metrics(rest.folder)[-1]["loss"] == read_metrics(whole.folder)[-1]["loss"]
+
+
+# --- faster and smaller ---
+
+
+def test_compiled_step_is_the_oracles(tmp_path):
+    """With the kernels that are written for it, in float32."""
+    model = small_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, dtype=torch.float32, scale=8.0)
+    plain = deepcopy(model)
+    settings = dict(use_cpu=False, bf16=False, num_generations=8, torch_compile=True)
+    run = train(model, ROWS, tmp_path, settings=settings)
+    run.weights[:] = [{name: weight.cpu() for name, weight in step.items()} for step in run.weights]
+    check_step(run, plain, oracle_documents(ROWS), tolerance=1e-3, metric_tolerance=1e-3)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_offloading_changes_no_bit(tmp_path, adapted):
+    """Of two steps of several micro-batches each, whose activations are large enough to be moved."""
+    settings = ON_GPU | dict(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    settings |= dict(num_generations=8, gradient_checkpointing=True)
+    rows = training.documents([40, 33, 38, 40, 25, 40, 31, 40])
+    keywords = dict(peft_config=lora("q_proj", "up_proj")) if adapted else {}
+    runs = []
+    for offloading in (False, True):
+        own = settings | dict(activation_offloading=offloading)
+        runs.append(train(model_for_kernels(), rows, tmp_path / str(offloading), settings=own, **keywords))
+    for name, weight in runs[0].weights[-1].items():
+        assert torch.equal(weight, runs[1].weights[-1][name]), name
 
 
 # --- bases of few bits ---

@@ -41,6 +41,7 @@ CASES = {
 }
 SHARDED = {name: CASES[name] for name in ("full", "no_cross_entropy", "lora", "stream")} | {
     "gathered": dict(rows=MIXED, gather_for_sampling=True, evaluated=True),
+    "compiled": dict(rows=LOPSIDED, torch_compile=True, torch_compile_backend="eager", evaluated=True),
     "k3": dict(rows=UNEVEN, beta=0.5, kl_estimator="k3", per_device_generation_batch_size=4),
     "completions": COMPLETIONS,
     "completions_of_mamba": COMPLETIONS | dict(family="mamba"),

@@ -231,3 +231,8 @@ def flash_attention_backward(
     """Gradients of query, key and value of `flash_attention`."""
     operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return operation(grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+
+
+def allow_compiling(kinds: int) -> None:
+    """Let modules be compiled for so many kinds of forwards; for the whole process, as PyTorch asks at every call."""
+    torch._dynamo.config.recompile_limit = max(kinds, torch._dynamo.config.recompile_limit)

@@ -42,6 +42,7 @@ from .resuming import check_data, check_feature_network, check_run
 from .saving import save_whole_checkpoints
 from .scoring import Scorer, kernel_of, resumed_kernel
 from .sharding import agreed, precision
+from .speedups import speed_up
 
 T = TypeVar("T")
 
@@ -72,8 +73,10 @@ class RecordedTrainer(Trainer):
         self.network_updates: MovingAverage | ClassifierSteps | None = None
         self.kernel_record: dict[str, Any] | None = None
         self.scorer: Scorer | None = None
-        self.memory = MemoryGuard(kwargs["args"], kwargs["model"], self.feature_network, self.reference_model)
+        networks = kwargs["model"], self.feature_network, self.reference_model
+        self.memory = MemoryGuard(kwargs["args"], *networks)
         self.memory.check_weights()
+        speed_up(kwargs["args"], *networks)
         super().__init__(**kwargs)
         self.output_dir = Path(str(self.args.output_dir))
         self.run_folder = RunFolder(self.output_dir, writes=self.is_world_process_zero())
@@ -88,6 +91,12 @@ class RecordedTrainer(Trainer):
         check_precision(self.args, self.accelerator.mixed_precision)
         if self.is_fsdp_enabled:
             prepare_fsdp2(self.accelerator, precision(bool(self.args.bf16)))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers, but `torch_compile` is done (`speedups`): not by accelerate, which also allows TF32."""
+        backend, self.args.torch_compile_backend = self.args.torch_compile_backend, None
+        super().create_accelerator_and_postprocess()
+        self.args.torch_compile_backend = backend
 
     def lay_out_blocks(self, batches: Sequence[dict[str, Any]], step: int | None) -> list[BlockLayout]:
         """Give each micro-batch its `layout`, where weights are sharded one with a block if any process has one.

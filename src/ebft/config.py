@@ -9,9 +9,16 @@ from transformers import TrainingArguments
 from ._compat import DICT_FIELDS
 from .advantages import ADVANTAGE_ESTIMATORS
 from .best_model import decide_direction
-from .config_checks import check_deepspeed, check_liger, check_parts, check_refused
+from .config_checks import (
+    check_compile,
+    check_deepspeed,
+    check_liger,
+    check_offloading,
+    check_parts,
+    check_refused,
+    no_tf32_unasked,
+)
 from .data.reasoning import check_tags
-from .extras import require
 from .features import NORMS, POOLINGS, REDUCTIONS
 from .kernel_options import check_kernel, default_whitening
 from .kernels import KERNELS
@@ -125,6 +132,9 @@ class EBFTConfig(TrainingArguments):
         "samples is reused, or `sample` overridden.",
     )
 
+    activation_offloading: bool = _setting(
+        False, "Move what gradient_checkpointing keeps to the CPU's memory until the backward; on a GPU."
+    )
     gather_for_sampling: bool = _setting(
         False,
         "With FSDP2: gather all weights once for a rollout, not at each of its tokens. Needs memory for a whole copy.",
@@ -216,6 +226,7 @@ class EBFTConfig(TrainingArguments):
         if str(self.fsdp).lower() in ("true", "false"):  # words on the command line and in YAML
             untyped.fsdp = str(self.fsdp).lower() == "true"
         decide_direction(self)
+        no_tf32_unasked(self)
         check_deepspeed(self.deepspeed)
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
@@ -233,6 +244,8 @@ class EBFTConfig(TrainingArguments):
         self._check_combinations()
         check_refused(self)
         check_liger(self)
+        check_compile(self)
+        check_offloading(self)
 
     def _check_choices(self) -> None:
         for name, spec in self.__dataclass_fields__.items():
@@ -331,18 +344,6 @@ class EBFTConfig(TrainingArguments):
             )
         if self.rl_coef == 0 and self.ce_coef == 0:
             raise ValueError("rl_coef=0 and ce_coef=0 leave nothing to train on: set one of them.")
-
-    def check_liger_runs(self) -> None:
-        """Refuse Liger's kernels where they cannot run; a plan for another machine does not ask.
-
-        Raises:
-            ValueError: The package or a GPU is missing.
-        """
-        if not self.use_liger_kernel:
-            return
-        require("liger_kernel", "liger", "use_liger_kernel=True")
-        if self.use_cpu or not torch.cuda.is_available():
-            raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
 
     def check_one_device(self) -> None:
         """Refuse several GPUs in one process, which transformers would put under nn.DataParallel.

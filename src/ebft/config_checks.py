@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -14,6 +15,8 @@ from .extras import require
 from .features import POOLINGS_OF_COMPLETIONS
 from .liger import LOSSES as LIGER_LOSSES
 from .liger import WITHOUT_LOSSES
+
+WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of `torch.compile`
 
 
 def check_parts(args: Any) -> None:
@@ -174,6 +177,11 @@ def check_engine(args: Any) -> None:
     Raises:
         ValueError: Names the setting and the remedy.
     """
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError(
+            f"dynamo_backend={os.environ['ACCELERATE_DYNAMO_BACKEND']} of accelerate's configuration would compile "
+            "the model as a whole: take dynamo_config out of it, and set torch_compile: true."
+        )
     deepspeed = getattr(args, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
@@ -275,6 +283,59 @@ def check_liger(args: Any) -> None:
     args.liger_kernel_config = {**given, **WITHOUT_LOSSES}
 
 
+def no_tf32_unasked(args: Any) -> None:
+    """Keep transformers from rounding all float32 products, rewards among them, because of `torch_compile`."""
+    if (args.torch_compile or args.torch_compile_backend or args.torch_compile_mode) and args.tf32 is None:
+        args.tf32 = False
+
+
+def check_compile(args: Any) -> None:
+    """Refuse ways to compile that cannot be right, or that do again what is done already.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if not args.torch_compile:
+        return
+    if args.torch_compile_mode in WITH_CUDA_GRAPHS:
+        raise ValueError(
+            f"torch_compile_mode={args.torch_compile_mode!r} records CUDA graphs, which need sizes that stay: leave "
+            "it unset, or use max-autotune-no-cudagraphs."
+        )
+    if args.use_liger_kernel:
+        raise ValueError(
+            "torch_compile=True and use_liger_kernel=True are two ways to fuse the same operations: use one."
+        )
+
+
+def check_offloading(args: Any) -> None:
+    """Refuse offloading of more than checkpoints.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if args.activation_offloading and not args.checkpoints_activations:
+        raise ValueError(
+            "activation_offloading=True moves what gradient_checkpointing keeps; all activations are too many to be "
+            "moved: add gradient_checkpointing: true."
+        )
+
+
+def check_runs_here(args: Any) -> None:
+    """Refuse what this machine cannot run; a plan for another one does not ask.
+
+    Raises:
+        ValueError: A package or a GPU is missing.
+    """
+    no_gpu = args.use_cpu or not torch.cuda.is_available()
+    if args.use_liger_kernel:
+        require("liger_kernel", "liger", "use_liger_kernel=True")
+        if no_gpu:
+            raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
+    if args.activation_offloading and no_gpu:
+        raise ValueError("activation_offloading=True moves memory from a GPU to the CPU's: leave it off.")
+
+
 def check_refused(args: Any) -> None:
     """Refuse transformers' settings that cannot be right here.
 
@@ -290,7 +351,6 @@ def check_refused(args: Any) -> None:
         "neftune_noise_alpha": "noise in the policy's forward makes log-probs differ from those sampled: unset it",
         "label_smoothing_factor": "the cross-entropy is that of the tokens: set it to 0",
         "enable_jit_checkpoint": "SIGTERM writes a checkpoint anyway, of a whole step: leave it off",
-        "torch_compile": "compiling the trainer's forward is not supported yet: leave it off",
         "include_num_input_tokens_seen": "num_tokens is logged anyway: leave it at no",
         "remove_unused_columns": "the collator chooses its columns itself: leave it off",
     }

@@ -9,7 +9,7 @@ caps and biases are those of the model, whatever its family.
 
 import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -24,6 +24,7 @@ from .attention import NO_MASK, BlockCache, BlockPlan, enable_block_attention
 from .families import reason_against_blocks
 
 ORDINARY = "_ordinary_forward"  # the attribute that keeps the forward of a model we have taught another
+OFFLOADER = "_offloader"  # of a decoder, what makes the context its forwards are run in (`offloading`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,15 +142,16 @@ def decode(
     if not packs(decoder):
         assert cache is None, "such models are sampled by `plain.generate`"
         return plain.decode(decoder, input_ids, plan.plain_rows(len(input_ids)))
-    return decoder(
-        input_ids=input_ids,
-        attention_mask=NO_MASK.to(input_ids.device),
-        position_ids=position_ids.to(input_ids.device, non_blocking=True),
-        past_key_values=cache,
-        use_cache=cache is not None,
-        block_plan=plan,
-        block_cache=cache,
-    )
+    with vars(decoder).get(OFFLOADER, nullcontext)():
+        return decoder(
+            input_ids=input_ids,
+            attention_mask=NO_MASK.to(input_ids.device),
+            position_ids=position_ids.to(input_ids.device, non_blocking=True),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            block_plan=plan,
+            block_cache=cache,
+        )
 
 
 @contextmanager

@@ -38,7 +38,8 @@ WARNED = (
     *("bf16", "tf32", "use_cpu", "dtype", "attn_implementation", "use_liger_kernel", "liger_kernel_config"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism", "use_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
-    *("activation_checkpointing_kwargs", "reuse_sampling_forward", "per_device_generation_batch_size", "use_vllm"),
+    *("activation_checkpointing_kwargs", "activation_offloading", "reuse_sampling_forward"),
+    *("per_device_generation_batch_size", "use_vllm"),
     *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerate_config"),
 )
 # They may change together: the documents of a step, which are their product, may not.

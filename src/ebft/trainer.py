@@ -22,14 +22,13 @@ from .artifacts import check_output_dir
 from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
 from .config import EBFTConfig
-from .config_checks import check_engine
+from .config_checks import check_engine, check_runs_here
 from .data import BlockCollator, padding_id
 from .experience import Experience, experience_sums, predictions_of, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .forward import causal_lm
 from .integrations.vllm import VLLMSampler
 from .layouts import documents_without_block, no_rollouts
-from .liger import take_liger_kernels_like
 from .logprobs import LogProbs, block_log_probs, document_and_block_log_probs, document_and_block_loss
 from .metrics import COMPLETION_MEANS, EVALUATION_SUMS, cross_entropy_sums, evaluation_statistics, means
 from .objective import Objective, StepTotals, block_weights, policy_denominator, token_weights
@@ -92,7 +91,7 @@ class EBFTTrainer(RecordedTrainer):
             raise ValueError(f"model={model!r}: pass a name, a path, a PreTrainedModel or a PeftModel.")
         args.check_one_device()
         check_engine(args)
-        args.check_liger_runs()
+        check_runs_here(args)
         best_model.check_metric(args, eval_dataset, compute_metrics is not None)
         check_output_dir(str(args.output_dir), resuming=True)  # whether it does is known in `train` only
         config = models.check_named_policy(model, args) if isinstance(model, str) else causal_lm(model).config
@@ -119,9 +118,6 @@ class EBFTTrainer(RecordedTrainer):
         self.reference_model = (
             models.load_reference(policy, new_adapter=peft_config is not None) if args.beta and args.rl_coef else None
         )
-        if args.use_liger_kernel:
-            frozen = self.feature_network and self.feature_network.model, self.reference_model
-            take_liger_kernels_like(policy, frozen, args.liger_kernel_config)
         self._user_metrics, self._formatting_func = compute_metrics, formatting_func
         apart = type(self).sample is not EBFTTrainer.sample  # a `sample` of somebody's own is given micro-batches
         self._ahead = SamplingAhead(self._sample_explained, 1 if apart else args.rows_sampled_on(args.device))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks import counts, plot, published
+from benchmarks import counts, options, plot, published
 from benchmarks.__main__ import main, parser, read_sweeps, read_workloads
 from benchmarks.arms import ARMS, Bench, Options, Ours, Published, Reused
 from benchmarks.report import ratios_of, write_csv
@@ -266,3 +266,13 @@ from ebft import advantages, rewards
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_loss_curves_with_options_stay():
+    """All but the compiled one, which takes long to begin; and what is compared does change with the noise."""
+    names = [name for name in options.OPTIONS if name != "torch.compile"]
+    curves = options.measure(names, steps=20, evaluations=2)
+    assert len(curves["default"]) == 3 and curves["default"][-1] < curves["default"][0] - 0.1
+    for name in names:
+        assert options.furthest(curves[name], curves["default"]) <= options.OPTIONS[name][1], name
+    assert options.furthest(curves["another seed"], curves["default"]) > 0.001

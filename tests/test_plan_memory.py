@@ -117,6 +117,14 @@ def test_largest_batch_is_the_last_that_fits(size):
     assert largest_batch(RUN, ROW, limit - 1) == size - 1
 
 
+def test_offloading_leaves_no_layers_inputs():
+    """Measured on a GPU, by hand: docs/performance.md."""
+    kept, moved = (replace(RUN, checkpointing=True, offloading=moves).memory(ROW, 4) for moves in (False, True))
+    method, float32 = RUN.method, 4
+    tokens = 4 * (ROW.tokens + method.decoded(ROW.blocks))
+    assert kept["in update"] - moved["in update"] == NETWORK.layers * NETWORK.hidden * float32 * tokens
+
+
 def test_what_fits_does_fit():
     def total(run, rows):
         return run.memory(ROW, rows)["total"]

@@ -70,6 +70,7 @@ class Footprint:
         bf16: Autocast.
         bf16_base: The frozen weights are bfloat16, and so is all between the layers.
         checkpointing: Keep only the input of each layer, and compute the rest again.
+        offloading: And keep these in the memory of the CPU.
         accumulates: Several micro-batches per update: gradients stay between them.
         processes: That share the run.
         engine: How: `ddp`, where gradients are copied into buckets to be summed; `zero1` and `zero2`, where the
@@ -91,6 +92,7 @@ class Footprint:
     bf16: bool = False
     bf16_base: bool = False
     checkpointing: bool = False
+    offloading: bool = False
     accumulates: bool = True
     processes: int = 1
     engine: str = "ddp"
@@ -165,7 +167,8 @@ class Footprint:
         copies = self._made()
         layer = self._kept_by_layer(row, batch_size)
         inputs = tokens.packed * self.residual * policy.hidden
-        kept = policy.layers * (inputs if self.checkpointing else layer) + self._kept_by_norms(1) * tokens.packed
+        of_layer = 0 if self.offloading else inputs if self.checkpointing else layer
+        kept = policy.layers * of_layer + self._kept_by_norms(1) * tokens.packed
         logits = self._logits(row, batch_size)
         name = "gathered weights" if self.engine == "fsdp2" else "bf16 copies of weights"
         parts = {name: copies, "activations": kept, "logits chunk": logits}

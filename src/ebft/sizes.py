@@ -170,6 +170,7 @@ def run_footprint(
         bf16=bool(args.bf16),
         bf16_base=lm.dtype == torch.bfloat16,
         checkpointing=args.checkpoints_activations,
+        offloading=args.activation_offloading,
         accumulates=args.gradient_accumulation_steps > 1,
         processes=processes,
         engine=engine,

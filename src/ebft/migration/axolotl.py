@@ -144,7 +144,12 @@ TABLE: dict[str, Rule] = {
     "tf32": same("tf32"),
     "gradient_checkpointing": same("gradient_checkpointing"),
     "gradient_checkpointing_kwargs": same("gradient_checkpointing_kwargs"),
-    "torch_compile": left_out("kernels are compiled where that pays"),
+    "torch_compile": mapped("torch_compile", {True: True, False: False, "auto": None}, None, "of norms and MLPs"),
+    "torch_compile_backend": same("torch_compile_backend"),
+    "torch_compile_mode": same("torch_compile_mode"),
+    "activation_offloading": mapped(
+        "activation_offloading", {True: True, False: False}, None, "of what gradient_checkpointing keeps"
+    ),
     **dict.fromkeys(("flash_attention", "flex_attention", "sdp_attention", "xformers_attention"), ATTENTION),
     **dict.fromkeys(("eager_attention", "s2_attention", "attn_implementation"), ATTENTION),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), SHARDING),

@@ -14,7 +14,7 @@ import two_processes
 from ebft import EBFTConfig, pickles
 from ebft.checkpoints import read_manifest
 from ebft.resuming import check_run
-from test_pickles import Hostile
+from hostile import Hostile
 from test_two_processes import alone, check_equal, launch  # noqa: F401 - `alone` is a fixture
 from tiny import byte_bpe_tokenizer
 from tiny_models import tiny_model

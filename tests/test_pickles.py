@@ -1,7 +1,6 @@
 """What is read runs no code: hostile pickles, code that a model brings along, and YAML with Python in it."""
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -19,20 +18,11 @@ from ebft.integrations.feature_network import load_network
 from ebft.models import load_policy
 from ebft.pretrained import load_config, load_tokenizer, read_weights
 from ebft.text_features import EncoderReader
+from hostile import Hostile
 from tiny import byte_bpe_tokenizer
 from training import config, documents, reseal, small_model, train
 
 SAVING = dict(max_steps=1, save_strategy="steps", save_steps=1, optim="adamw_torch")
-
-
-class Hostile:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture

@@ -122,7 +122,10 @@ def test_plan_of_several_processes(planned):
     assert at_once["sampling"] == sent["sampling"] / 4 and at_once["update"] == sent["update"]
 
 
-@pytest.mark.parametrize(("stage", "status", "said"), [(2, 0, '"engine": "zero2"'), (3, 2, "zero_stage=3 fetches")])
+@pytest.mark.parametrize(
+    ("stage", "status", "said"),
+    [(0, 2, "zero_stage=0 shares"), (2, 0, '"engine": "zero2"'), (3, 2, "zero_stage=3 fetches")],
+)
 def test_plan_of_deepspeeds_own_file(planned, stage, status, said):
     """In a process of its own, which DeepSpeed's settings leave their marks on."""
     pytest.importorskip("deepspeed")

@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from benchmarks.fsdp2_on_cpu import FSDP2Trainer
 from ebft import EBFTTrainer
-from test_pickles import Hostile
+from hostile import Hostile
 from training import documents, reseal, small_model, train
 
 # In batches of two, and every second one to the second process: that one has no document with a block.

@@ -188,6 +188,11 @@ def check_engine(args: Any) -> None:
             "DeepSpeed's zero_stage=3 fetches weights module by module, which the LM head in chunks does not allow: "
             "use FSDP2, which shards as much (accelerate_config: fsdp2), or zero_stage: 2."
         )
+    if deepspeed is not None and deepspeed.zero_stage == 0:
+        raise ValueError(
+            "DeepSpeed's zero_stage=0 shares nothing out and makes the step before a broken gradient is seen: leave "
+            "DeepSpeed out (accelerate_config: ddp), or set stage: 1 or 2."
+        )
     fsdp = _fsdp_settings(args)
     if fsdp is None:
         return

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from benchmarks.tiny_runs import SETTINGS, model, tokenizer, trainer
 from ebft import EBFTConfig, EBFTTrainer
-from ebft.data import load_documents
+from ebft.data import load_documents, tokenize_documents
 
 MIB = 2**20
 RUN: dict[str, Any] = dict(save_total_limit=2, eval_strategy="steps", gradient_accumulation_steps=1)
@@ -94,11 +94,11 @@ def summary(rows: list[dict[str, float]], warmup: int) -> list[dict[str, Any]]:
     return sorted(out, key=lambda row: row["figure"])
 
 
-def write_rows(path: Path, size: int) -> None:
-    """Documents of random letters, the same thousand again and again, until the file has `size` bytes."""
+def write_rows(path: Path, size: int, characters: int = 30) -> None:
+    """Documents of so many random letters, the same few again and again, until the file has `size` bytes."""
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8)
     generator = np.random.default_rng(0)
-    text = letters[generator.integers(len(letters), size=(1000, 30))]
+    text = letters[generator.integers(len(letters), size=(max(1, 30_000 // characters), characters))]
     rows = b"".join(b'{"text": "' + row.tobytes() + b'"}\n' for row in text)
     with open(path, "wb") as file:
         while file.tell() < size:
@@ -113,32 +113,61 @@ def streamed(path: Path, folder: Path, steps: int, **settings: Any) -> EBFTTrain
     return EBFTTrainer(model(), args, train_dataset=rows, processing_class=tokenizer())
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Train, watch, print; returns the rows of the table."""
+def read(path: Path, every: int = 1000) -> list[dict[str, float]]:
+    """Tokenise a streamed file to its end, without training on it; the process's memory along the way."""
+    process, rows = psutil.Process(), []
+    documents = tokenize_documents(load_documents(str(path), streaming=True), tokenizer(), max_length=4096)
+    for count, _ in enumerate(documents, 1):
+        if count % every == 0:
+            rows.append({"step": count, "resident, MiB": process.memory_info().rss / MIB})
+    return rows
+
+
+def rows_of_run(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
+    """What was watched, of a run as the command line asks for it."""
+    every, file = max(1, args.steps // 20), folder / "rows.jsonl"
+    settings: dict[str, Any] = RUN | {"save_steps": every, "eval_steps": every, "use_cpu": args.device == "cpu"}
+    if args.stream:
+        write_rows(file, int(args.stream * MIB), args.characters)
+    if args.read:
+        return read(file)
+    if args.stream:
+        ours = streamed(file, folder / "run", args.steps, **settings)
+    else:
+        ours = trainer(args.kind, folder / "run", args.steps, **settings)
+    watch = watched(ours)
+    ours.train()
+    return watch.rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.steady", description="Watches a long run.")
     p.add_argument("--steps", type=int, default=2000, help="of the optimiser")
     p.add_argument("--warmup", type=int, help="steps left out of the slopes; default: a fifth")
     p.add_argument("--kind", default="full", choices=("full", "lora"), help="of run")
     p.add_argument("--stream", type=float, metavar="MIB", help="stream documents from a file of this size instead")
+    p.add_argument("--characters", type=int, default=30, help="of a row of that file")
+    p.add_argument("--read", action="store_true", help="of the stream, tokenise all in place of training on some")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where")
     p.add_argument("--json", type=Path, help="write every step there")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Train or read, watch, print; returns the rows of the table."""
+    args = (p := parser()).parse_args(argv)
     warmup = args.steps // 5 if args.warmup is None else args.warmup
     if not 0 <= warmup < args.steps - 10:
         p.error(f"warmup={warmup} leaves fewer than 10 of {args.steps} steps.")
-    every = max(1, args.steps // 20)
+    if args.read and not args.stream:
+        p.error("read: there is no stream to be read; give --stream MIB.")
     with tempfile.TemporaryDirectory() as name:
-        settings: dict[str, Any] = RUN | {"save_steps": every, "eval_steps": every}
-        settings["use_cpu"] = args.device == "cpu"
-        if args.stream:
-            write_rows(Path(name) / "rows.jsonl", int(args.stream * MIB))
-            ours = streamed(Path(name) / "rows.jsonl", Path(name) / "run", args.steps, **settings)
-        else:
-            ours = trainer(args.kind, Path(name) / "run", args.steps, **settings)
-        watch = watched(ours)
-        ours.train()
-    found = summary(watch.rows, warmup)
-    table = Table(box=box.SIMPLE_HEAD, title=f"steps {warmup + 1} to {args.steps}")
+        rows = rows_of_run(args, Path(name))
+    if args.read:  # a step is a document
+        warmup = int(rows[len(rows) // 5]["step"])
+    found = summary(rows, warmup)
+    table = Table(box=box.SIMPLE_HEAD, title=f"steps {warmup + 1} to {rows[-1]['step']:.0f}")
     for column in ("", "first tenth", "last tenth", "per 1,000 steps"):
         table.add_column(column, justify="right" if column else "left")
     for row in found:
@@ -146,7 +175,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         table.add_row(row["figure"], f"{row['first']:.2f}", f"{row['last']:.2f}", change)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     if args.json:
-        args.json.write_text(json.dumps({"steps": watch.rows, "summary": found}))
+        args.json.write_text(json.dumps({"steps": rows, "summary": found}))
     return found
 
 

@@ -402,6 +402,22 @@ def test_formats(rows, options, expected):
     assert (detect_format(_unknown(rows)), has_prompt(_unknown(rows), **options)) == expected
 
 
+def test_a_stream_is_not_read_far_ahead():
+    """Of long rows, a thousand at once would be gigabytes of tokens."""
+    drawn = []
+
+    def generate():
+        for i in range(1000):
+            drawn.append(i)
+            yield {"text": "a b c"}
+
+    stream = tokenize_documents(IterableDataset.from_generator(generate), byte_bpe_tokenizer(), max_length=8)
+    drawn.clear()
+    for _ in zip(range(40), stream, strict=False):
+        pass
+    assert 40 <= len(drawn) < 80
+
+
 def test_import_needs_neither_trl_nor_datasets():
     code = "import sys, ebft.data; sys.exit(any(name in sys.modules for name in ('trl', 'datasets', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

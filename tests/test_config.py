@@ -162,7 +162,19 @@ REFUSED = {
     ),
     "torch_compile with graphs": (
         dict(torch_compile_mode="reduce-overhead"),
-        "torch_compile_mode='reduce-overhead' records CUDA graphs, .* use max-autotune-no-cudagraphs",
+        "torch_compile_mode='reduce-overhead' records CUDA graphs, .* use torch_compile_mode: max-autotune-no-cudagr",
+    ),
+    "torch_compile with graphs by their backend": (
+        dict(torch_compile_backend="cudagraphs"),
+        "torch_compile_backend='cudagraphs' records CUDA graphs",
+    ),
+    "torch_compile_backend": (
+        dict(torch_compile_backend="indutcor"),
+        "torch_compile_backend='indutcor' is unknown: leave it unset, or use one of aot_eager, .*inductor",
+    ),
+    "torch_compile_mode": (
+        dict(torch_compile_mode="fast"),
+        "torch_compile_mode='fast' is unknown: leave it unset, or use one of default, ",
     ),
     "torch_compile and liger": (
         dict(torch_compile=True, use_liger_kernel=True),

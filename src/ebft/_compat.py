@@ -236,3 +236,8 @@ def flash_attention_backward(
 def allow_compiling(kinds: int) -> None:
     """Let modules be compiled for so many kinds of forwards; for the whole process, as PyTorch asks at every call."""
     torch._dynamo.config.recompile_limit = max(kinds, torch._dynamo.config.recompile_limit)
+
+
+def ways_to_compile() -> tuple[list[str], list[str]]:
+    """The backends and modes of `torch.compile`."""
+    return torch.compiler.list_backends(exclude_tags=()), list(torch._inductor.list_mode_options())

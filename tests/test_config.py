@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.parallelism_config import TorchContextParallelConfig
+from torch._inductor import config as inductor
 from trl import TrlParser
 
 from ebft import EBFTConfig
@@ -327,3 +328,10 @@ def test_compiling_does_not_round_everything_else(tmp_path):
     """Transformers would allow TF32 for all float32 products."""
     assert EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]).tf32 is False
     assert EBFTConfig(str(tmp_path), report_to=[]).tf32 is None
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path):
+    args = EBFTConfig(str(tmp_path), torch_compile=True, use_cpu=True, report_to=[])
+    check_runs_here(args)
+    with inductor.patch({"cpp.cxx": ("nowhere",)}), pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        check_runs_here(args)

@@ -241,3 +241,14 @@ def allow_compiling(kinds: int) -> None:
 def ways_to_compile() -> tuple[list[str], list[str]]:
     """The backends and modes of `torch.compile`."""
     return torch.compiler.list_backends(exclude_tags=()), list(torch._inductor.list_mode_options())
+
+
+def has_cpp_compiler() -> bool:
+    """Whether `torch.compile` finds the compiler that it needs for a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False

@@ -10,7 +10,7 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ._compat import ways_to_compile
+from ._compat import has_cpp_compiler, ways_to_compile
 from .credentials import check_no_credentials
 from .extras import require
 from .features import POOLINGS_OF_COMPLETIONS
@@ -330,7 +330,7 @@ def check_runs_here(args: Any) -> None:
     """Refuse what this machine cannot run; a plan for another one does not ask.
 
     Raises:
-        ValueError: A package or a GPU is missing.
+        ValueError: A package, a compiler or a GPU is missing.
     """
     no_gpu = args.use_cpu or not torch.cuda.is_available()
     if args.use_liger_kernel:
@@ -339,6 +339,10 @@ def check_runs_here(args: Any) -> None:
             raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
     if args.activation_offloading and no_gpu:
         raise ValueError("activation_offloading=True moves memory from a GPU to the CPU's: leave it off.")
+    if args.torch_compile_backend == "inductor" and args.device.type == "cpu" and not has_cpp_compiler():
+        raise ValueError(
+            "torch_compile=True needs a C++ compiler, on a CPU: install g++, name yours in CXX, or leave it off."
+        )
 
 
 def check_refused(args: Any) -> None:

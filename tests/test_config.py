@@ -8,6 +8,7 @@ from torch._inductor import config as inductor
 from trl import TrlParser
 
 from ebft import EBFTConfig
+from ebft.artifacts import settings_of
 from ebft.config_checks import check_runs_here
 from ebft.kernels import KERNELS
 
@@ -328,6 +329,12 @@ def test_compiling_does_not_round_everything_else(tmp_path):
     """Transformers would allow TF32 for all float32 products."""
     assert EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]).tf32 is False
     assert EBFTConfig(str(tmp_path), report_to=[]).tf32 is None
+
+
+def test_compiling_can_be_switched_off_beside_what_a_run_has_recorded(tmp_path):
+    recorded = settings_of(EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]))
+    again = EBFTConfig(**recorded | {"torch_compile": False})
+    assert recorded["torch_compile"] is True and again.torch_compile is False
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path):

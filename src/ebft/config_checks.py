@@ -339,7 +339,8 @@ def check_runs_here(args: Any) -> None:
             raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
     if args.activation_offloading and no_gpu:
         raise ValueError("activation_offloading=True moves memory from a GPU to the CPU's: leave it off.")
-    if args.torch_compile_backend == "inductor" and args.device.type == "cpu" and not has_cpp_compiler():
+    writes_cpp = args.torch_compile and args.torch_compile_backend in (None, "inductor") and args.device.type == "cpu"
+    if writes_cpp and not has_cpp_compiler():
         raise ValueError(
             "torch_compile=True needs a C++ compiler, on a CPU: install g++, name yours in CXX, or leave it off."
         )

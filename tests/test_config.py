@@ -4,9 +4,11 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.parallelism_config import TorchContextParallelConfig
+from torch._inductor import config as inductor
 from trl import TrlParser
 
 from ebft import EBFTConfig
+from ebft.artifacts import settings_of
 from ebft.config_checks import check_runs_here
 from ebft.kernels import KERNELS
 
@@ -162,7 +164,19 @@ REFUSED = {
     ),
     "torch_compile with graphs": (
         dict(torch_compile_mode="reduce-overhead"),
-        "torch_compile_mode='reduce-overhead' records CUDA graphs, .* use max-autotune-no-cudagraphs",
+        "torch_compile_mode='reduce-overhead' records CUDA graphs, .* use torch_compile_mode: max-autotune-no-cudagr",
+    ),
+    "torch_compile with graphs by their backend": (
+        dict(torch_compile_backend="cudagraphs"),
+        "torch_compile_backend='cudagraphs' records CUDA graphs",
+    ),
+    "torch_compile_backend": (
+        dict(torch_compile_backend="indutcor"),
+        "torch_compile_backend='indutcor' is unknown: leave it unset, or use one of aot_eager, .*inductor",
+    ),
+    "torch_compile_mode": (
+        dict(torch_compile_mode="fast"),
+        "torch_compile_mode='fast' is unknown: leave it unset, or use one of default, ",
     ),
     "torch_compile and liger": (
         dict(torch_compile=True, use_liger_kernel=True),
@@ -315,3 +329,16 @@ def test_compiling_does_not_round_everything_else(tmp_path):
     """Transformers would allow TF32 for all float32 products."""
     assert EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]).tf32 is False
     assert EBFTConfig(str(tmp_path), report_to=[]).tf32 is None
+
+
+def test_compiling_can_be_switched_off_beside_what_a_run_has_recorded(tmp_path):
+    recorded = settings_of(EBFTConfig(str(tmp_path), torch_compile=True, report_to=[]))
+    again = EBFTConfig(**recorded | {"torch_compile": False})
+    assert recorded["torch_compile"] is True and again.torch_compile is False
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path):
+    args = EBFTConfig(str(tmp_path), torch_compile=True, use_cpu=True, report_to=[])
+    check_runs_here(args)
+    with inductor.patch({"cpp.cxx": ("nowhere",)}), pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        check_runs_here(args)

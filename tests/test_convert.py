@@ -180,9 +180,31 @@ def test_axolotls_structured_mode(convert):
     assert "stride" not in ours and "use_vllm" not in ours
 
 
+BACKEND = {"torch_compile_backend": "inductor"}
+CHECKPOINTED = {"gradient_checkpointing": True}
+OFFLOADED = CHECKPOINTED | {"activation_offloading": True}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ({"torch_compile": True} | BACKEND, {"torch_compile": True} | BACKEND),
+        ({"torch_compile": False} | BACKEND, {"torch_compile": False}),
+        (BACKEND | {"torch_compile_mode": "default"}, {}),
+        (CHECKPOINTED, CHECKPOINTED),
+        (CHECKPOINTED | {"activation_offloading": "legacy"}, OFFLOADED),
+        ({"gradient_checkpointing": "offload"}, OFFLOADED),
+    ],
+)
+def test_axolotls_memory_and_speed(convert, theirs, expected):
+    ours, _ = convert("axolotl", STRIDED | theirs)
+    assert {name: ours[name] for name in ours if name.startswith(("torch_c", "gradient_ch", "activ"))} == expected
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"activation_offloading": "disk"}, "activation_offloading='disk' has no counterpart"),
         ({"rl": "grpo"}, "rl='grpo' has no counterpart: only `rl: ebft`"),
         ({"ebft": {"mode": "strided", "embed_method": "concat"}}, "ebft.embed_method='concat' has no counterpart"),
         ({"ebft": {"strides": 8}}, "ebft.strides: no setting that is known there; did you mean ebft.stride?"),

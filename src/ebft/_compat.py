@@ -236,3 +236,19 @@ def flash_attention_backward(
 def allow_compiling(kinds: int) -> None:
     """Let modules be compiled for so many kinds of forwards; for the whole process, as PyTorch asks at every call."""
     torch._dynamo.config.recompile_limit = max(kinds, torch._dynamo.config.recompile_limit)
+
+
+def ways_to_compile() -> tuple[list[str], list[str]]:
+    """The backends and modes of `torch.compile`."""
+    return torch.compiler.list_backends(exclude_tags=()), list(torch._inductor.list_mode_options())
+
+
+def has_cpp_compiler() -> bool:
+    """Whether `torch.compile` finds the compiler that it needs for a CPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False

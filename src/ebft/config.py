@@ -230,7 +230,10 @@ class EBFTConfig(TrainingArguments):
         check_deepspeed(self.deepspeed)
         default_rate = self.learning_rate is None
         self.learning_rate = 1e-6 if default_rate else self.learning_rate
+        backend = self.torch_compile_backend
         super().__post_init__()
+        # Transformers fills it in, and takes it for `torch_compile: true`, whatever is said of that beside a record.
+        self.torch_compile_backend = backend
         self.learning_rate = None if default_rate else self.learning_rate  # the trainer knows whether there is LoRA
         accelerator: Any = self.accelerator_config
         if accelerator.dispatch_batches is None:

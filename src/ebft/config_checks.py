@@ -10,13 +10,14 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from ._compat import has_cpp_compiler, ways_to_compile
 from .credentials import check_no_credentials
 from .extras import require
 from .features import POOLINGS_OF_COMPLETIONS
 from .liger import LOSSES as LIGER_LOSSES
 from .liger import WITHOUT_LOSSES
 
-WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of `torch.compile`
+WITH_CUDA_GRAPHS = ("cudagraphs", "reduce-overhead", "max-autotune")  # a backend and modes of `torch.compile`
 
 
 def check_parts(args: Any) -> None:
@@ -295,18 +296,22 @@ def no_tf32_unasked(args: Any) -> None:
 
 
 def check_compile(args: Any) -> None:
-    """Refuse ways to compile that cannot be right, or that do again what is done already.
+    """Refuse ways to compile that are unknown or cannot be right, or that do again what is done already.
 
     Raises:
         ValueError: Names the setting and the remedy.
     """
     if not args.torch_compile:
         return
-    if args.torch_compile_mode in WITH_CUDA_GRAPHS:
-        raise ValueError(
-            f"torch_compile_mode={args.torch_compile_mode!r} records CUDA graphs, which need sizes that stay: leave "
-            "it unset, or use max-autotune-no-cudagraphs."
-        )
+    for name, known in zip(("torch_compile_backend", "torch_compile_mode"), ways_to_compile(), strict=True):
+        value = getattr(args, name)
+        if value is not None and value not in known:
+            raise ValueError(f"{name}={value!r} is unknown: leave it unset, or use one of {', '.join(known)}.")
+        if value in WITH_CUDA_GRAPHS:
+            raise ValueError(
+                f"{name}={value!r} records CUDA graphs, which need sizes that stay: leave it unset, or use "
+                "torch_compile_mode: max-autotune-no-cudagraphs."
+            )
     if args.use_liger_kernel:
         raise ValueError(
             "torch_compile=True and use_liger_kernel=True are two ways to fuse the same operations: use one."
@@ -330,7 +335,7 @@ def check_runs_here(args: Any) -> None:
     """Refuse what this machine cannot run; a plan for another one does not ask.
 
     Raises:
-        ValueError: A package or a GPU is missing.
+        ValueError: A package, a compiler or a GPU is missing.
     """
     no_gpu = args.use_cpu or not torch.cuda.is_available()
     if args.use_liger_kernel:
@@ -339,6 +344,11 @@ def check_runs_here(args: Any) -> None:
             raise ValueError("use_liger_kernel=True: its kernels need a GPU: leave it off.")
     if args.activation_offloading and no_gpu:
         raise ValueError("activation_offloading=True moves memory from a GPU to the CPU's: leave it off.")
+    writes_cpp = args.torch_compile and args.torch_compile_backend in (None, "inductor") and args.device.type == "cpu"
+    if writes_cpp and not has_cpp_compiler():
+        raise ValueError(
+            "torch_compile=True needs a C++ compiler, on a CPU: install g++, name yours in CXX, or leave it off."
+        )
 
 
 def check_refused(args: Any) -> None:

@@ -8,7 +8,7 @@ from .compiled import compile_layers
 from .config import EBFTConfig
 from .forward import causal_lm
 from .liger import take_liger_kernels_like
-from .offloading import offload_activations
+from .offloading import keep_activations, offload_activations
 
 
 def speed_up(args: EBFTConfig, policy: nn.Module, network: Any, reference: nn.Module | None) -> None:
@@ -21,7 +21,7 @@ def speed_up(args: EBFTConfig, policy: nn.Module, network: Any, reference: nn.Mo
         reference: The initial policy, or None.
 
     Raises:
-        ValueError: A model's layers cannot be compiled.
+        ValueError: A model's layers cannot be compiled, or its activations not be moved.
     """
     if args.use_liger_kernel:
         take_liger_kernels_like(policy, (network and network.model, reference), args.liger_kernel_config)
@@ -29,5 +29,4 @@ def speed_up(args: EBFTConfig, policy: nn.Module, network: Any, reference: nn.Mo
         decoders = [causal_lm(model).base_model for model in (policy, reference) if model is not None]
         decoders += [] if network is None else [network.decoder]
         compile_layers(decoders, args.torch_compile_backend, args.torch_compile_mode)
-    if args.activation_offloading:
-        offload_activations(policy)
+    (offload_activations if args.activation_offloading else keep_activations)(policy)

@@ -17,6 +17,7 @@ NO_FILES = left_out("documents are tokenised when a run begins")
 ENVIRONMENT = left_out("WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE in the environment")
 BATCH = "per_device_train_batch_size, gradient_accumulation_steps"
 REMOVE = "remove it"
+WHERE_COMPILED = "read there where torch_compile is true; here it would set that"
 
 TABLE: dict[str, Rule] = {
     "rl": refused_unless(("ebft",), "only `rl: ebft` is converted"),
@@ -142,13 +143,21 @@ TABLE: dict[str, Rule] = {
     ),
     "fp16": refused_unless((None, False), "float16 is not supported: set bf16, and remove it"),
     "tf32": same("tf32"),
-    "gradient_checkpointing": same("gradient_checkpointing"),
+    "gradient_checkpointing": mapped(
+        "gradient_checkpointing",
+        {True: True, False: False, "offload": True},
+        None,
+        "offload: activation_offloading, too",
+    ),
     "gradient_checkpointing_kwargs": same("gradient_checkpointing_kwargs"),
     "torch_compile": mapped("torch_compile", {True: True, False: False, "auto": None}, None, "of norms and MLPs"),
-    "torch_compile_backend": same("torch_compile_backend"),
-    "torch_compile_mode": same("torch_compile_mode"),
+    "torch_compile_backend": computed("torch_compile_backend", None, WHERE_COMPILED),
+    "torch_compile_mode": computed("torch_compile_mode", None, WHERE_COMPILED),
     "activation_offloading": mapped(
-        "activation_offloading", {True: True, False: False}, None, "of what gradient_checkpointing keeps"
+        "activation_offloading",
+        {True: True, False: False, "legacy": True},
+        None,
+        "of what gradient_checkpointing keeps",
     ),
     **dict.fromkeys(("flash_attention", "flex_attention", "sdp_attention", "xformers_attention"), ATTENTION),
     **dict.fromkeys(("eager_attention", "s2_attention", "attn_implementation"), ATTENTION),
@@ -228,7 +237,8 @@ def translate(given: Options) -> tuple[Options, list[str]]:
     named = OF_STRIDED if strided else OF_STRUCTURED
     ours |= {to: keys[name] for name, to in named.items() if keys[name] is not None}
     ours |= _rewards(keys, ours["num_generations"], strided) | (_strided(keys) if strided else _structured(keys))
-    ours |= _batch(keys, ours["num_generations"], strided) | _data(keys) | _adapter(keys) | _written(keys)
+    ours |= _batch(keys, ours["num_generations"], strided) | _data(keys) | _adapter(keys) | _faster(keys)
+    ours |= _written(keys)
     return {name: value for name, value in ours.items() if value is not None}, notes
 
 
@@ -327,6 +337,12 @@ def _adapter(keys: Options) -> Options:
     return ours | {
         to: True for name, to in (("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora")) if keys[name]
     }
+
+
+def _faster(keys: Options) -> Options:
+    compiles = ("torch_compile_backend", "torch_compile_mode") if keys["torch_compile"] is True else ()
+    offloads = {"activation_offloading": True} if keys["gradient_checkpointing"] == "offload" else {}
+    return {name: keys[name] for name in compiles} | offloads
 
 
 def _written(keys: Options) -> Options:

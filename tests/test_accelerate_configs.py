@@ -12,7 +12,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from ebft.cli import main
 from ebft.cli.arguments import parse
 from ebft.cli.engines import CONFIGS, SHIPPED, config_path, engine_of
-from ebft.config_checks import check_engine
+from ebft.engine_checks import check_engine
 from training import config
 
 KINDS = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}

@@ -25,8 +25,8 @@ from .blocks import BlockLayout
 from .callbacks import FeatureNetworkRecord, KernelRecord, StepEnd, StepLine, checkpoint_records
 from .checkpoints import check_whole, last_complete_checkpoint
 from .config import EBFTConfig
-from .config_checks import check_precision
 from .data.fingerprint import fingerprint
+from .engine_checks import check_precision
 from .features import FeatureNetwork
 from .finishing import train_no_further
 from .forward import causal_lm

@@ -11,7 +11,6 @@ from .advantages import ADVANTAGE_ESTIMATORS
 from .best_model import decide_direction
 from .config_checks import (
     check_compile,
-    check_deepspeed,
     check_liger,
     check_offloading,
     check_parts,
@@ -19,6 +18,7 @@ from .config_checks import (
     no_tf32_unasked,
 )
 from .data.reasoning import check_tags
+from .engine_checks import check_deepspeed
 from .features import NORMS, POOLINGS, REDUCTIONS
 from .kernel_options import check_kernel, default_whitening
 from .kernels import KERNELS

@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoints import last_complete_checkpoint
 from .config import EBFTConfig
-from .config_checks import engine_of_run
+from .engine_checks import engine_of_run
 from .features import FeatureNetwork
 from .footprint import what_fits
 from .forward import causal_lm

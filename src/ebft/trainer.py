@@ -22,8 +22,9 @@ from .artifacts import check_output_dir
 from .base_trainer import RecordedTrainer
 from .blocks import BlockLayout
 from .config import EBFTConfig
-from .config_checks import check_engine, check_runs_here
+from .config_checks import check_runs_here
 from .data import BlockCollator, padding_id
+from .engine_checks import check_engine
 from .experience import Experience, experience_sums, predictions_of, rollout_rows
 from .features import FeatureNetwork, adapters_off, layer_indices
 from .forward import causal_lm

@@ -87,7 +87,7 @@ def make_plan(arguments: Arguments) -> dict[str, dict[str, Any]]:
     from ebft import feature_models, models, pretrained
     from ebft.cli.engines import check_runs_ebft
     from ebft.cli.train import find_checkpoint, from_pretrained_options
-    from ebft.config_checks import check_engine
+    from ebft.engine_checks import check_engine
 
     data, args, model = arguments[:3]
     name = str(model.model_name_or_path)
@@ -221,7 +221,7 @@ def _footprint(arguments: Arguments, policy: nn.Module, network, reference) -> F
     import torch
 
     from ebft.cli.engines import engine_of
-    from ebft.config_checks import engine_of_run
+    from ebft.engine_checks import engine_of_run
     from ebft.sizes import run_footprint
 
     data, args, model, _, plan = arguments

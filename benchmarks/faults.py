@@ -355,6 +355,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"kills={args.kills} must be at least 1.")
     if args.device != "cpu" and any(processes(kind) > 1 for kind in args.kinds):
         p.error(f"device={args.device}: runs of several processes stay on the CPU; name --kinds of one.")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        p.error(f"device={args.device}: there is none here.")
     if args.device != "cpu" and torch.cuda.is_initialized():
         p.error("a GPU is in use before any run is forked, as bitsandbytes does when imported: uninstall it here.")
     chance, typical, began = random.Random(args.seed), {}, time.monotonic()

@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.steps < 10:
         p.error(f"steps={args.steps} must be at least 10.")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        p.error(f"device={args.device}: there is none here.")
     options = OPTIONS if args.device == "cpu" else OPTIONS | ON_GPUS
     curves = measure(options, args.steps, use_cpu=args.device == "cpu")
     table = Table(box=box.SIMPLE_HEAD, title=f"held-out cross-entropy, {args.steps} steps, nats per token")

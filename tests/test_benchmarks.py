@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -276,3 +277,13 @@ def test_loss_curves_with_options_stay():
     for name in names:
         assert options.furthest(curves[name], curves["default"]) <= options.OPTIONS[name][1], name
     assert options.furthest(curves["another seed"], curves["default"]) > 0.001
+
+
+@pytest.mark.parametrize("words", ["faults --kills 1 --kinds full", "options --steps 10"])
+def test_a_gpu_that_is_not_there_is_refused(words):
+    """And not taken for the CPU, whose runs would be told of as the GPU's."""
+    module, *options_given = words.split()
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cuda", *options_given]
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=without)
+    assert done.returncode == 2 and "device=cuda: there is none here" in done.stderr

@@ -206,36 +206,44 @@ def test_step_on_few_bits_is_that_on_their_values(tmp_path, bits, tolerance, reu
     check_step(run, plain, oracle_documents(ROWS), tolerance=tolerance, metric_tolerance=tolerance)
 
 
-@needs_bitsandbytes
-@pytest.mark.parametrize("bits", ["4", "8"])
-def test_features_of_few_bits_are_the_bases(tmp_path, bits):
+def check_features_of_few_bits(folder, bits, device="cpu", **settings):
     """To the last bit, and no matter how often sampling and training took turns."""
-    base = load_policy(adapted(quantised(tmp_path / "base", bits), lora("k_proj", r=1)), config(tmp_path)).unload()
-    expected = FeatureNetwork(base)(INPUT_IDS, TOKENS, LAYOUT)
-    policy = adapted(quantised(tmp_path / "again", bits), lora("q_proj", "up_proj"))
-    run = train(policy, ROWS, tmp_path / "run", settings=dict(max_steps=2))
-    found = run.trainer.feature_network(INPUT_IDS, TOKENS, LAYOUT)
+    args, inputs = config(folder, **settings), (INPUT_IDS.to(device), TOKENS.to(device), LAYOUT)
+    base = load_policy(adapted(quantised(folder / "base", bits, device), lora("k_proj", r=1)), args).unload()
+    expected = FeatureNetwork(base)(*inputs)
+    policy = adapted(quantised(folder / "again", bits, device), lora("q_proj", "up_proj"))
+    run = train(policy, ROWS, folder / "run", settings=dict(max_steps=2) | settings)
+    found = run.trainer.feature_network(*inputs)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_resume_on_few_bits(tmp_path, bits):
+def test_features_of_few_bits_are_the_bases(tmp_path, bits):
+    check_features_of_few_bits(tmp_path, bits)
+
+
+def check_resume_on_few_bits(folder, bits, **more):
     """Only the adapter is saved, and a resumed run ends in the same bits."""
-    base = saved_base(tmp_path / "base")
+    base = saved_base(folder / "base")
     settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
-    options = dict(settings=settings, peft_config=lora("q_proj", "up_proj"))
+    options = dict(settings=settings | more, peft_config=lora("q_proj", "up_proj"))
     options["quantization_config"] = BitsAndBytesConfig(**BITS[bits])
-    whole = train(base, ROWS, tmp_path / "whole", **options)
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    whole = train(base, ROWS, folder / "whole", **options)
+    checkpoint = folder / "whole" / "checkpoint-2"
     assert not (checkpoint / "model.safetensors").exists()
-    rest = train(base, ROWS, tmp_path / "rest", resume=str(checkpoint), **options)
+    rest = train(base, ROWS, folder / "rest", resume=str(checkpoint), **options)
     adapter = "checkpoint-4/adapter_model.safetensors"
-    assert (tmp_path / "rest" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
-    assert files(tmp_path / "rest", "rollouts/step_000004.parquet") == files(
-        whole.folder, "rollouts/step_000004.parquet"
-    )
+    assert (folder / "rest" / adapter).read_bytes() == (folder / "whole" / adapter).read_bytes()
+    rollouts = "rollouts/step_000004.parquet"
+    assert files(rest.folder, rollouts) == files(whole.folder, rollouts) != {}
     assert rest.metrics[-1]["loss"] == whole.metrics[-1]["loss"]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_resume_on_few_bits(tmp_path, bits):
+    check_resume_on_few_bits(tmp_path, bits)
 
 
 @needs_bitsandbytes

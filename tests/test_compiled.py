@@ -14,7 +14,6 @@ from test_trainer_step import ROWS, check_step, make_model, oracle_documents
 from tiny_models import CONFIGS, FLOAT32_ONLY
 from training import documents, small_model, train, trainer
 
-WHOLE = dict(rollout="completion", max_completion_length=3)  # rollouts
 # Finds what belongs together and runs it by PyTorch's own kernels; to write new ones takes long.
 CAPTURED = dict(torch_compile=True, torch_compile_backend="eager")
 LOOSE = dict(tolerance=1e-3, metric_tolerance=1e-3)  # of families that are float32 alone
@@ -63,18 +62,18 @@ def test_kernels_as_they_are_written(tmp_path):
 
 
 def test_sizes_and_layers_share_what_is_compiled(tmp_path):
-    """Steps of ever other lengths add nothing behind the first ones."""
-    settings = dict(per_device_train_batch_size=2, max_steps=2, eval_strategy="steps", eval_steps=1)
-    settings |= CAPTURED | dict(reuse_sampling_forward=False)
+    """More layers, and steps of ever other lengths, add nothing to what one step and one evaluation compile."""
+    settings = CAPTURED | TWO_FORWARDS | dict(per_device_train_batch_size=2, eval_strategy="steps", eval_steps=1)
     held_out, graphs = Dataset.from_list(documents([9, 22], seed=7)), []
-    for layers, lengths in ((2, [30, 23, 17, 26]), (4, [21, 19, 37, 28])):
+    for layers, lengths in ((2, [30, 23]), (4, [21, 19, 37, 28, 33, 16])):
         torch.compiler.reset()
-        model, rows = small_model(num_hidden_layers=layers), documents(lengths)
-        ours = trainer(model, rows, tmp_path / str(layers), settings=settings, eval_dataset=held_out)
+        steps = dict(max_steps=len(lengths) // 2)
+        model, folder = small_model(num_hidden_layers=layers), tmp_path / str(layers)
+        ours = trainer(model, documents(lengths), folder, settings=settings | steps, eval_dataset=held_out)
         counters.clear()
         ours.train()
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] < 40
+    assert 0 < graphs[0] == graphs[1], graphs
 
 
 def test_names_stay_what_they_were(tmp_path):
@@ -91,7 +90,8 @@ def test_names_stay_what_they_were(tmp_path):
 
 def test_models_that_do_not_pack_are_refused(tmp_path):
     model = small_model("mamba", dtype=torch.float32)
-    settings = dict(torch_compile=True, stop_token_ids=list(range(61)), **WHOLE)
+    settings = dict(torch_compile=True, rollout="completion", max_completion_length=3)
+    settings["stop_token_ids"] = list(range(61))
     with pytest.raises(ValueError, match="torch_compile=True was not tried with .*: leave it off"):
         trainer(model, documents([20, 20], prompts=[8, 8]), tmp_path, settings=settings)
 

@@ -13,24 +13,18 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("trl")
 
-from transformers import BitsAndBytesConfig
 from transformers.models.qwen2 import modeling_qwen2
 
 import training
 from ebft.cli.engines import config_path
-from ebft.features import FeatureNetwork
-from ebft.models import load_policy
 from test_adapters import (
-    BITS,
-    INPUT_IDS,
-    LAYOUT,
-    TOKENS,
     adapted,
+    check_features_of_few_bits,
+    check_resume_on_few_bits,
     dequantised,
     lora,
     needs_bitsandbytes,
     quantised,
-    saved_base,
 )
 from test_trainer_step import ROWS, check_step, oracle_documents
 from training import files, read_metrics, relative_error, small_model, train
@@ -175,26 +169,10 @@ def test_step_on_few_bits_is_that_on_their_values(tmp_path, bits, tolerance):
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_features_of_few_bits_are_the_bases(tmp_path, bits):
-    """To the last bit, and no matter how often sampling and training took turns."""
-    args = training.config(tmp_path, use_cpu=False)
-    base = load_policy(adapted(quantised(tmp_path / "base", bits, "cuda"), lora("k_proj", r=1)), args).unload()
-    on_gpu = INPUT_IDS.cuda(), TOKENS.cuda(), LAYOUT
-    expected = FeatureNetwork(base)(*on_gpu)
-    policy = adapted(quantised(tmp_path / "again", bits, "cuda"), lora("q_proj", "up_proj"))
-    run = train(policy, ROWS, tmp_path / "run", settings=ON_GPU | dict(max_steps=2))
-    found = run.trainer.feature_network(*on_gpu)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    check_features_of_few_bits(tmp_path, bits, "cuda", **ON_GPU)
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_resume_on_few_bits(tmp_path, bits):
-    base = saved_base(tmp_path / "base")
-    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2)
-    options = dict(settings=ON_GPU | settings, peft_config=lora("q_proj", "up_proj"))
-    options["quantization_config"] = BitsAndBytesConfig(**BITS[bits])
-    whole = train(base, ROWS, tmp_path / "whole", **options)
-    rest = train(base, ROWS, tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-2"), **options)
-    adapter = "checkpoint-4/adapter_model.safetensors"
-    assert (tmp_path / "rest" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
-    assert rest.metrics[-1]["loss"] == whole.metrics[-1]["loss"]
+    check_resume_on_few_bits(tmp_path, bits, **ON_GPU)
